@@ -1,0 +1,1 @@
+"""Everything from a pretrained teacher to a published hybrid student; one module for each step of the way."""
