@@ -55,7 +55,7 @@ def test_only_the_retrieval_heads_matter(retriever):
     "pair, opening, separator, closing, query",
     [
         ("{}:{}", "Memorize the following dictionary:\n", "\n", "\n", "The value of the key '{}' is"),
-        ('"{}": {}', "{", ", ", "}}\n", '"{}":'),
+        ('"{}": {}', "{", ", ", "}\n", '"{}":'),
         ("{}: {}", "", "\n", "\n\n", "{}:"),
     ],
     ids=["sentence", "json", "lines"],
