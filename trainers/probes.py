@@ -46,9 +46,9 @@ FIRST_NAMES = (
 ).split()
 SURNAMES = (
     "Adams Allen Baker Bell Bennett Brooks Brown Carter Clark Collins Cook Cooper Cox Davis Edwards Ellis Evans "
-    "Fisher Foster Gray Green Hall Harris Hill Howard Hughes Jenkins Kelly King Lewis Marshall Mason Miller Mitchell Morgan "
-    "Morris Murphy Palmer Parker Perry Price Reed Ross Russell Scott Shaw Simmons Stewart Sullivan Turner Walker Ward "
-    "Watson Webb Wells West White Wood Young"
+    "Fisher Foster Gray Green Hall Harris Hill Howard Hughes Jenkins Kelly King Lewis Marshall Mason Miller "
+    "Mitchell Morgan Morris Murphy Palmer Parker Perry Price Reed Ross Russell Scott Shaw Simmons Stewart "
+    "Sullivan Turner Walker Ward Watson Webb Wells West White Wood Young"
 ).split()
 
 
