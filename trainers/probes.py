@@ -204,7 +204,8 @@ class KVRetrieval(_Lookup):
         settings = {"name": "kv", **asdict(self)}
         if self.words is None:
             del settings["words"]
-        return settings
+        # Tuples become the lists that JSON would make of them, so that settings compare equal after a file.
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 
     @property
     def _keys(self) -> tuple[str, ...]:

@@ -1,0 +1,216 @@
+"""Scores must be those of ablating one head at a time over whole forward passes, and must name the right heads."""
+
+import json
+
+import pytest
+import torch
+from tiny_retriever import KEYS, build_tiny_retriever
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from trainers import head_scoring
+from trainers.ablation import HeadAblation, attention_layers, inference, pack
+from trainers.files import sha256
+from trainers.head_scoring import HeadScores, ProbeFailedError, score_heads
+from trainers.probes import EncodedAnswer, KVRetrieval, generated_accuracy, is_correct
+
+
+PROBE = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))
+
+
+@pytest.fixture(scope="module")
+def retriever():
+    return build_tiny_retriever(seed=0)
+
+
+@pytest.fixture(scope="module")
+def random_models(retriever):
+    """Untrained models of three families, with query heads that share KV heads."""
+    sizes = {
+        "vocab_size": len(retriever[1]),
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "initializer_range": 0.3,
+        "eos_token_id": retriever[1].eos_token_id,
+    }
+    torch.manual_seed(0)
+    return [
+        LlamaForCausalLM(LlamaConfig(**sizes)),
+        MistralForCausalLM(MistralConfig(**sizes, sliding_window=16)),
+        Qwen3ForCausalLM(Qwen3Config(**sizes)),
+    ]
+
+
+def naive(model, tokenizer, example, layer=None, head=None):
+    """Answer and log-probability of one example alone, one head zeroed in a plain pass if named."""
+    one = EncodedAnswer.of(tokenizer, example)
+    ids = torch.tensor([one.context + one.target])
+    size = model.config.head_dim
+
+    def zero(module, args):
+        changed = args[0].clone()
+        changed[..., head * size : (head + 1) * size] = 0
+        return (changed,)
+
+    hook = None if head is None else attention_layers(model)[layer].self_attn.o_proj.register_forward_pre_hook(zero)
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(one.context) - 1 :]
+    if hook is not None:
+        hook.remove()
+    log_probs = logits[:-1].log_softmax(-1)[range(len(one.target)), one.target]
+    best = logits.argmax(-1).tolist()[: one.num_answer + 1]
+    text = tokenizer.decode(best, skip_special_tokens=True)
+    return best[:-1] == one.target[: one.num_answer] and is_correct(text, example.answer), log_probs.sum().item()
+
+
+@pytest.mark.parametrize("family", [0, 2])
+@pytest.mark.parametrize(("rows", "batch_tokens", "queries"), [(1, 10_000, 3), (2, 1, 4), (3, 10_000, 1)])
+def test_scores_equal_naive_ablation(random_models, retriever, family, rows, batch_tokens, queries):
+    model, tokenizer = random_models[family], retriever[1]
+    probe = KVRetrieval(format="lines", pairs=5, shots=1, queries=queries, words=tuple(KEYS))
+    scores = score_heads(
+        model, tokenizer, probe, 7, 3, min_accuracy=0, rows=rows, batch_tokens=batch_tokens, progress=False
+    )
+    examples = probe.examples(7, 3)
+    base = [naive(model, tokenizer, example) for example in examples]
+    assert scores.base_logprob == pytest.approx(sum(value for _, value in base) / 7, abs=1e-4)
+    for layer in range(3):
+        for head in range(6):
+            ablated = [naive(model, tokenizer, example, layer, head) for example in examples]
+            drop = sum(one[1] - other[1] for one, other in zip(base, ablated, strict=True)) / 7
+            assert scores.logprob_drop[layer][head] == pytest.approx(drop, abs=1e-4)
+            accuracy = sum(one[0] - other[0] for one, other in zip(base, ablated, strict=True)) / 7
+            assert scores.accuracy_drop[layer][head] == pytest.approx(accuracy, abs=1e-6)
+
+
+def test_scores_of_a_retriever_equal_naive_ablation(retriever):
+    """As above, where answers are right without the ablation and wrong with it."""
+    model, tokenizer, _ = retriever
+    scores = score_heads(model, tokenizer, PROBE, 9, 1, progress=False)
+    assert scores.base_accuracy == 1
+    for layer in range(2):
+        for head in range(4):
+            right = [naive(model, tokenizer, example, layer, head)[0] for example in PROBE.examples(9, 1)]
+            assert scores.accuracy_drop[layer][head] == pytest.approx(1 - sum(right) / 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_finds_the_heads_that_retrieve(retriever, dtype):
+    model, tokenizer, heads = retriever
+    scores = score_heads(model, tokenizer, PROBE, 30, dtype=dtype, progress=False)
+    assert set(scores.ranking()[: len(heads)]) == set(heads)
+    assert len(scores.ranking()) == 8
+    for layer, head in heads:
+        assert scores.accuracy_drop[layer][head] > 0.5
+    others = [scores.accuracy_drop[layer][head] for layer, head in scores.ranking()[len(heads) :]]
+    assert max(others) < 0.1
+
+
+def test_accuracy_is_that_of_generation(retriever):
+    model, tokenizer, _ = retriever
+    probe = KVRetrieval(format="lines", pairs=20, shots=2, queries=5, words=tuple(KEYS))
+    with inference(model, None):
+        batches = pack(tokenizer, probe.examples(20, 5), 2, model.device)
+        found = [
+            right for batch in batches for right in HeadAblation(model, tokenizer, batch).base.correct[0].tolist()
+        ]
+    assert found == generated_accuracy(model, tokenizer, probe.examples(20, 5), progress=False)
+
+
+def test_hooks_are_removed_and_mode_is_kept(retriever):
+    model, tokenizer, _ = retriever
+    o_proj = attention_layers(model)[1].self_attn.o_proj
+    mlp = attention_layers(model)[1].mlp.register_forward_hook(_fail_when_batched)
+    model.train()
+    try:
+        with pytest.raises(RuntimeError, match="on purpose"):
+            score_heads(model, tokenizer, PROBE, 3, progress=False)
+        assert model.training
+    finally:
+        mlp.remove()
+        model.eval()
+    assert not o_proj._forward_pre_hooks
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in attention_layers(model))
+
+
+def _fail_when_batched(module, args, output):
+    if output.shape[0] > 1:
+        raise RuntimeError("on purpose")
+
+
+def test_a_teacher_that_fails_gets_no_scores(random_models, retriever):
+    with pytest.raises(ProbeFailedError, match="--shots 2.*fewer pairs") as caught:
+        score_heads(random_models[0], retriever[1], PROBE, 6, progress=False)
+    assert caught.value.accuracy < 0.6
+
+
+def test_a_window_that_hides_the_dictionary_is_noticed(random_models, retriever):
+    """A 4-D mask replaces the sliding window of Mistral: what would be scored is not what the model does."""
+    with pytest.raises(ValueError, match="cannot be scored"):
+        score_heads(random_models[1], retriever[1], PROBE, 6, min_accuracy=0, progress=False)
+
+
+def test_other_architectures_are_refused(retriever):
+    model, tokenizer, _ = retriever
+    with pytest.raises(ValueError, match="Llama-like"):
+        attention_layers(torch.nn.Module.__new__(_NotLlama))
+
+
+class _NotLlama:
+    class base_model:
+        layers = [torch.nn.Linear(2, 2)]
+        norm = torch.nn.Identity()
+
+
+def test_a_killed_run_goes_on(retriever, tmp_path, monkeypatch):
+    model, tokenizer, _ = retriever
+    path = tmp_path / "scores.partial.jsonl"
+    whole = score_heads(model, tokenizer, PROBE, 9, progress=False)
+    calls = []
+
+    def ablate_layer(ablation, layer, batch_tokens, original=head_scoring._ablate_layer):
+        calls.append(layer)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(ablation, layer, batch_tokens)
+
+    monkeypatch.setattr(head_scoring, "_ablate_layer", ablate_layer)
+    with pytest.raises(KeyboardInterrupt):
+        score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
+    # A kill may cut the last line in two, too.
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(ValueError, match="another run.*seed"):
+        score_heads(model, tokenizer, PROBE, 9, seed=1, partial_path=path, progress=False)
+    calls[:] = [None] * 4
+    again = score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
+    assert len(calls) - 4 == 6 - 2  # 3 dictionaries x 2 layers, of which three were done and one line was cut
+    assert again.text == whole.text
+    assert not path.exists()
+
+
+def test_scores_are_saved_as_they_are(retriever, tmp_path):
+    model, tokenizer, _ = retriever
+    scores = score_heads(model, tokenizer, PROBE, 3, progress=False)
+    path = tmp_path / "scores.json"
+    scores.save(path)
+    assert HeadScores.load(path) == scores
+    assert scores.sha256 == sha256(path)
+    content = json.loads(path.read_text())
+    assert content["schema_version"] == 1 and content["dtype"] == "float32"
+    content["accuracy_drop"].pop()
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="accuracy_drop"):
+        HeadScores.load(path)
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="does not hold head scores"):
+        HeadScores.load(path)
