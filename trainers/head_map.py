@@ -196,6 +196,16 @@ class HeadMap:
         """(layer, KV head) of every KV group that a kept head reads: the unit that costs cache bytes."""
         return {(layer, head // self.teacher.queries_per_group) for layer, head in self.pairs}
 
+    @property
+    def summary(self) -> str:
+        """One line: kept heads, the layers they stand in, and the KV groups that they cost."""
+        groups = self.teacher.num_hidden_layers * self.teacher.num_key_value_heads
+        return (
+            f"{self.num_kept} of {self.teacher.num_heads} heads ({self.num_kept / self.teacher.num_heads:.1%}) in "
+            f"{sum(map(bool, self.kept_heads))} of {self.teacher.num_hidden_layers} layers; {len(self.kv_groups)} of "
+            f"{groups} KV groups ({len(self.kv_groups) / groups:.1%} of the KV cache)"
+        )
+
     def check_teacher(self, config, id: str = "the teacher given") -> None:
         """
         Checks that the map fits a teacher.

@@ -1,0 +1,149 @@
+"""
+Figures, one function each, written as PNG: the heat map of head scores and the bars of an evaluation.
+
+    score_heat_map(scores.accuracy_drop, head_map.kept_heads, "scores.png", "Retrieval heads of SmolLM2-135M-Instruct")
+"""
+
+import os
+import textwrap
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from trainers.files import atomic_path
+
+
+INK, FAINT, ACCENT = "#1d2433", "#8a93a5", "#e4572e"
+SCORE_COLOURS = LinearSegmentedColormap.from_list("scores", ["#f4f6fa", "#b9cdea", "#5b8fd0", "#1f5aa6", "#0b2447"])
+BAR_COLOURS = ("#1d2433", "#e4572e", "#5b8fd0", "#f2b134", "#7a9e7e", "#a26769", "#8a93a5")
+DPI = 160
+
+
+def score_heat_map(
+    matrix: list[list[float]],
+    kept_heads: list[list[int]] | None,
+    path: str | os.PathLike,
+    title: str,
+    label: str = "drop in accuracy when ablated",
+) -> None:
+    """
+    Draws scores as a grid, layers from left to right and heads from bottom to top, kept heads outlined.
+
+    Args:
+        matrix (`list[list[float]]`):
+            Scores [L][H]. Those below zero get the colour of zero.
+        kept_heads (`list[list[int]]`, *optional*):
+            Kept heads of each layer.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        title (`str`):
+            First line above the grid.
+        label (`str`, *optional*, defaults to `"drop in accuracy when ablated"`):
+            What the colours say.
+
+    Raises:
+        `ValueError`: when the rows differ in length, or the kept heads are not of such a grid.
+    """
+    layers, heads = len(matrix), len(matrix[0])
+    if any(len(row) != heads for row in matrix):
+        raise ValueError("The rows of a score table must all have one score for each head.")
+    kept_heads = kept_heads or [[] for _ in matrix]
+    if len(kept_heads) != layers or any(head >= heads for kept in kept_heads for head in kept):
+        raise ValueError(f"The kept heads do not belong to a table of {layers} layers x {heads} heads.")
+    cell = min(0.34, 12 / max(layers, heads))
+    figure = Figure(figsize=(cell * layers + 1.9, cell * heads + 1.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    highest = max(max(map(max, matrix)), 1e-9)
+    # A square root spreads the small scores, which are most of them, over the colours.
+    image = axes.imshow(
+        [list(row) for row in zip(*matrix, strict=True)],
+        cmap=SCORE_COLOURS,
+        norm=PowerNorm(0.5, vmin=0, vmax=highest, clip=True),
+        origin="lower",
+    )
+    axes.set_xticks([i - 0.5 for i in range(1, layers)], minor=True)
+    axes.set_yticks([i - 0.5 for i in range(1, heads)], minor=True)
+    axes.grid(which="minor", color="white", linewidth=1.2)
+    axes.tick_params(which="both", length=0, colors=INK, labelsize=9)
+    for axis, count in ((axes.xaxis, layers), (axes.yaxis, heads)):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=min(16, count), steps=[1, 2, 5, 10]))
+    axes.set_xlim(-0.5, layers - 0.5)
+    axes.set_ylim(-0.5, heads - 0.5)
+    axes.spines[:].set_visible(False)
+    for layer, kept in enumerate(kept_heads):
+        for head in kept:
+            corner = (layer - 0.44, head - 0.44)
+            axes.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=ACCENT, linewidth=2))
+    axes.set_xlabel("layer", color=INK, fontsize=10)
+    axes.set_ylabel("query head", color=INK, fontsize=10)
+    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=22)
+    count = sum(map(len, kept_heads))
+    if count:
+        outlined = f"outlined: the {count} kept heads, {count / (layers * heads):.1%} of {layers * heads}"
+        axes.annotate(
+            outlined, (0, 1), xytext=(0, 5), xycoords="axes fraction", textcoords="offset points", color=ACCENT
+        )
+    bar = figure.colorbar(image, cax=axes.inset_axes([1 + 0.5 / layers, 0, 0.45 / layers, 1]))
+    bar.set_ticks(
+        [value for value in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1) if value < highest * 0.97] + [highest]
+    )
+    bar.ax.yaxis.set_major_formatter("{x:.2g}")
+    bar.set_label(label, color=INK, fontsize=9)
+    bar.ax.tick_params(length=0, colors=INK, labelsize=8)
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def accuracy_bars(
+    table: dict[str, dict[str, float]], path: str | os.PathLike, title: str = "Accuracy", highlight: str = ""
+) -> None:
+    """
+    Draws one group of bars for each task, one bar in it for each model.
+
+    Args:
+        table (`dict[str, dict[str, float]]`):
+            Model name -> task name -> accuracy from 0 to 1. A task that a model lacks leaves a gap.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        title (`str`, *optional*, defaults to `"Accuracy"`):
+            Line above the bars.
+        highlight (`str`, *optional*, defaults to `""`):
+            Model drawn in the accent colour; by default the colours go by order.
+
+    Raises:
+        `ValueError`: when the table is empty.
+    """
+    tasks = list(dict.fromkeys(task for row in table.values() for task in row))
+    if not tasks:
+        raise ValueError("There is nothing to draw: the table holds no task.")
+    figure = Figure(figsize=(max(6.0, 1.3 * len(tasks) + 0.8), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    width = 0.8 / len(table)
+    others = [colour for colour in BAR_COLOURS if not highlight or colour != ACCENT]
+    for i, (model, row) in enumerate(table.items()):
+        colour = ACCENT if model == highlight else others[i % len(others)]
+        places = [t + (i - (len(table) - 1) / 2) * width for t, task in enumerate(tasks) if task in row]
+        values = [row[task] for task in tasks if task in row]
+        bars = axes.bar(places, values, width * 0.92, label=model, color=colour)
+        axes.bar_label(bars, [f"{100 * value:.0f}" for value in values], padding=2, fontsize=8, color=INK)
+    axes.set_xticks(range(len(tasks)), [textwrap.fill(task.replace("-", " "), 14) for task in tasks])
+    axes.set_ylim(0, 1.08)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+    axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    axes.grid(axis="y", color="#e6e9ef", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, colors=INK, labelsize=9)
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=DPI, format="png", facecolor="white")
