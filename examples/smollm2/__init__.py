@@ -1,0 +1,1 @@
+"""The default teacher, SmolLM2-135M-Instruct, out of a pinned Python package."""
