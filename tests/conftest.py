@@ -73,6 +73,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         eos_token="</s>",
         chat_template=CHAT_TEMPLATE,
         model_max_length=512,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
