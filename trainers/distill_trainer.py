@@ -1,0 +1,444 @@
+"""
+The trainer of a student: alignment of its mixers, then distillation of the whole, one run a stage.
+
+    for stage in ("alignment", "distillation"):
+        args = RadDistillationConfig(output_dir=f"runs/mine/{stage}", stage=stage, max_steps=100)
+        trainer = RadDistillationTrainer(student, teacher, args, rows, processing_class=tokenizer)
+        trainer.train(resume_from_checkpoint=last_checkpoint(args.output_dir))
+        trainer.save_model()
+
+Data preparation, packing, schedules, resuming, logging, PEFT and pushing are TRL's and transformers'; what is ours are
+the two losses, who trains at which rate, and stopping when numbers run away. Paper:
+https://huggingface.co/papers/2602.11374, section 4.3.
+
+Shape letters: B batch, T tokens, D model width, L layers.
+"""
+
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from huggingface_hub import ModelCard
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from trl import SFTTrainer
+from trl.models import prepare_deepspeed
+
+from modeling_rad_hybrid import RadHybridForCausalLM
+from trainers.distill_config import RadDistillationConfig
+from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
+from trainers.precision import resolve_dtype
+from trainers.teachers import load_teacher, teacher_identity
+from trainers.trl_compat import redirect_forward
+
+
+# What conversion adds to the teacher: the only part that alignment trains.
+NEW_PARTS = (".mixer.ssm.", ".mixer.adapter.")
+EMBEDDINGS = ("embed_tokens", "lm_head")
+BODY_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+)
+LAYER_ERRORS = "layer_errors.jsonl"
+
+
+class NonFiniteError(ValueError):
+    """Training met a number that is not finite and stopped; the message says where and what is still good."""
+
+
+def last_checkpoint(output_dir: str | Path) -> str | None:
+    """
+    Finds the newest whole checkpoint of a run.
+
+    The trainer's state is written last, so a checkpoint that a kill or a full disk cut short has none that can be
+    read.
+
+    Args:
+        output_dir (`str` or `Path`):
+            Folder of the run; it need not exist.
+
+    Returns:
+        `str`, *optional*: the checkpoint's folder, or `None` where there is no whole one.
+    """
+    steps = {}
+    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
+        try:
+            steps[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
+        except (json.JSONDecodeError, KeyError):
+            continue
+    return steps[max(steps)] if steps else None
+
+
+@contextmanager
+def recorded_mixers(layers) -> Iterator[list[tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor]]]:
+    """
+    Records what the attention of every layer of a teacher is given and gives, while the block runs the teacher.
+
+    Taken at the attention itself, so the last layer's output is that before the final norm.
+
+    Args:
+        layers (`torch.nn.ModuleList`):
+            The teacher's decoder layers, with their attention under `self_attn`.
+
+    Yields:
+        `list`: filled layer by layer with (normalised input `[B, T, D]`, rotary cos and sin, output `[B, T, D]`).
+    """
+    records = []
+
+    def record(module, args, kwargs, output):
+        records.append((kwargs["hidden_states"], kwargs["position_embeddings"], output[0]))
+
+    handles = [layer.self_attn.register_forward_hook(record, with_kwargs=True) for layer in layers]
+    try:
+        yield records
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _body_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: inputs[name] for name in BODY_INPUTS if name in inputs}
+
+
+def _call(function, *args, **kwargs):
+    return function(*args, **kwargs)
+
+
+class RadDistillationTrainer(SFTTrainer):
+    """
+    Trains a hybrid student against its teacher, in the stage that `args.stage` names.
+
+    Args:
+        model (`str` or [`RadHybridForCausalLM`]):
+            The student, or a folder or Hub id of one. Its parameters' `requires_grad` is set for the stage. Keep it in
+            float32: `bf16` computes in bfloat16 from float32 weights.
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            The teacher, or its Hub id, folder or `.gguf` file; by default `args.teacher_model_name_or_path`. It is
+            frozen, and quickest in the type that the student computes in.
+        args ([`RadDistillationConfig`], *optional*):
+            Settings of this stage.
+        train_dataset ([`~datasets.Dataset`] or [`~datasets.IterableDataset`]):
+            Packed rows (`trainers.data`) or anything that [`~trl.SFTTrainer`] takes.
+        eval_dataset ([`~datasets.Dataset`], [`~datasets.IterableDataset`] or `dict`, *optional*):
+            Data for `evaluate`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Tokenizer; by default the student's.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks.
+        optimizers (`tuple`, *optional*):
+            Optimizer and scheduler to use instead of those that `args` asks for.
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Trains an adapter instead of the stage's parameters.
+
+    Raises:
+        `ValueError`: when teacher and student cannot belong together, or nothing would train; the message names both.
+    """
+
+    # The loss is divided by the tokens of the whole accumulated batch, so transformers must not divide it again.
+    loss_is_scaled_for_ga = True
+
+    _tag_names = ["trl", "rad-hybrid"]
+    _name = "Retrieval-aware distillation"
+    _paper = {
+        "title": "Retrieval-Aware Distillation for Transformer-SSM Hybrids",
+        "id": "2602.11374",
+        "citation": textwrap.dedent("""\
+            @article{rad2026,
+                title = {{Retrieval-Aware Distillation for Transformer-SSM Hybrids}},
+                year  = 2026,
+                url   = {https://huggingface.co/papers/2602.11374},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: str | RadHybridForCausalLM,
+        teacher_model: str | PreTrainedModel | None = None,
+        args: RadDistillationConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict[str, Dataset | IterableDataset] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: Any | None = None,
+    ):
+        args = RadDistillationConfig() if args is None else args
+        if isinstance(model, str):
+            kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
+            model = RadHybridForCausalLM.from_pretrained(model, **kwargs)
+        teacher = self._load_teacher(teacher_model, args)
+        self._check_pair(model, teacher)
+        # Before the parent's constructor: the optimizer and DDP take the parameters as they find them.
+        self._freeze(model, args)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
+        )
+        teacher.requires_grad_(False).eval()
+        # Not accelerate's prepare_model: it would patch the caller's teacher for good, and a frozen model needs no
+        # DDP.
+        if self.is_deepspeed_enabled:
+            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
+        else:
+            self.teacher_model = teacher.to(self.accelerator.device)
+        # Sums since the last log: name -> [numerators, denominators], each a number or one value a layer.
+        self._totals = {"train": {}, "eval": {}}
+
+    @staticmethod
+    def _load_teacher(teacher: str | PreTrainedModel | None, args: RadDistillationConfig) -> PreTrainedModel:
+        kwargs = args.teacher_model_init_kwargs
+        if isinstance(teacher, PreTrainedModel):
+            if kwargs:
+                raise ValueError(
+                    f"teacher_model_init_kwargs is {kwargs}, but the teacher is loaded already. Load it with "
+                    "these, or give the trainer its name."
+                )
+            return teacher
+        name = teacher or args.teacher_model_name_or_path
+        if name is None:
+            raise ValueError("There is no teacher: give teacher_model or args.teacher_model_name_or_path.")
+        kwargs = {"dtype": "bfloat16" if args.bf16 else "float32", **(kwargs or {})}
+        kwargs["dtype"] = resolve_dtype(kwargs["dtype"])
+        return load_teacher(
+            name, revision=args.teacher_model_revision, trust_remote_code=args.trust_remote_code, **kwargs
+        )[0]
+
+    @staticmethod
+    def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+        for field in ("vocab_size", "num_hidden_layers", "hidden_size"):
+            ours, theirs = student.config.to_dict()[field], teacher.config.get_text_config().to_dict()[field]
+            if ours != theirs:
+                raise ValueError(
+                    f"The student has {field} {ours}, the teacher {theirs}. A student learns from the teacher that it "
+                    "was converted from; give that one, or convert this teacher."
+                )
+
+    @staticmethod
+    def _freeze(student: PreTrainedModel, args: RadDistillationConfig) -> None:
+        """Lets the stage's parameters train and no others."""
+        for name, parameter in student.named_parameters():
+            if args.stage == "alignment":
+                trains = any(part in name for part in NEW_PARTS)
+            else:
+                trains = args.train_embeddings or not any(part in name for part in EMBEDDINGS)
+                trains = trains and not any(part in name for part in args.frozen_parts or [])
+            parameter.requires_grad_(trains)
+        if not any(parameter.requires_grad for parameter in student.parameters()):
+            raise ValueError(
+                f"Nothing would train in the {args.stage} stage: the student has no converted head, or frozen_parts "
+                f"({args.frozen_parts}) covers everything."
+            )
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As the parent's, with the recurrent heads in groups of their own rate."""
+        if self.optimizer is None and self.optimizer_cls_and_kwargs is None:
+            model = self.model if model is None else model
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer_cls_and_kwargs = cls, {**kwargs, "params": self._parameter_groups(model)}
+        return super().create_optimizer(model)
+
+    def _parameter_groups(self, model) -> list[dict]:
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                new = any(part in name for part in NEW_PARTS)
+                # A convolution begins as the identity and a skip as zero: neither should shrink.
+                decays = name in decayed and parameter.ndim == 2
+                groups.setdefault((new, decays), []).append(parameter)
+        return [
+            {
+                "params": parameters,
+                "lr": self.args.mixer_learning_rate if new else self.args.learning_rate,
+                "weight_decay": self.args.weight_decay if decays else 0.0,
+            }
+            for (new, decays), parameters in groups.items()
+        ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As the parent's; `decay_ratio` becomes the number of decay steps that warmup-stable-decay asks for."""
+        kwargs = dict(self.args.lr_scheduler_kwargs or {})
+        if self.args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
+            kwargs["num_decay_steps"] = math.ceil(self.args.decay_ratio * num_training_steps)
+            self.args.lr_scheduler_kwargs = kwargs
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        mode = "train" if self.model.training else "eval"
+        student = self.accelerator.unwrap_model(model)
+        stage_loss = self._alignment_loss if self.args.stage == "alignment" else self._distillation_loss
+        # A position counts where the token after it counts, which is what transformers' count of items means too.
+        counted = inputs["labels"][:, 1:] != -100  # [B, T - 1]
+        total, measured = redirect_forward(model, student, stage_loss, student, inputs, counted)
+        items = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        loss = total / items
+        self._add_to_totals(mode, measured)
+        if not torch.isfinite(loss):
+            self._stop(f"The {mode} loss is {loss.item()}", measured)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is that of all processes, and DDP takes the mean of their gradients.
+            loss = loss * self.accelerator.num_processes
+        return loss
+
+    def _teacher(self) -> PreTrainedModel:
+        return self.accelerator.unwrap_model(self.teacher_model)
+
+    def _student_causal_lm(self, student):
+        """The student below a PEFT adapter, if there is one."""
+        return student if isinstance(student, RadHybridForCausalLM) else student.get_base_model()
+
+    def _alignment_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum over layers and positions of the distance between mixers; the student's MLPs and head do not run."""
+        body = self._student_causal_lm(student).model
+        with self.accelerator.autocast():
+            with torch.no_grad(), recorded_mixers(self._teacher().model.layers) as records:
+                self._teacher().model(**_body_inputs(inputs), use_cache=False)
+            masks = {
+                "config": body.config,
+                "inputs_embeds": records[0][0],
+                "attention_mask": inputs.get("attention_mask"),
+                "past_key_values": None,
+                "position_ids": inputs.get("position_ids"),
+            }
+            arguments = {
+                "attention_mask": create_causal_mask(**masks),
+                "recurrent_mask": create_recurrent_attention_mask(**masks),
+                "seq_idx": inputs.get("seq_idx"),
+            }
+            # Autocast takes any type; without it a bfloat16 teacher would meet float32 weights.
+            dtype = records[0][0].dtype if torch.is_autocast_enabled(self.args.device.type) else body.dtype
+            mixed = partial(checkpoint, use_reentrant=False) if self.args.gradient_checkpointing else _call
+            losses, measured = [], []
+            for layer, (hidden_states, position_embeddings, target) in zip(body.layers, records, strict=True):
+                cos, sin = (t.to(dtype) for t in position_embeddings)
+                output, _ = mixed(layer.mixer, hidden_states.to(dtype), position_embeddings=(cos, sin), **arguments)
+                loss, sums = alignment_loss(output[:, :-1], target[:, :-1], counted, self.args.alignment_loss_type)
+                losses.append(loss)
+                measured.append(sums)
+        return torch.stack(losses).sum(), {"relative_error": torch.stack(measured, dim=1)}  # [2, L]
+
+    def _distillation_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum over the drawn positions of the divergence from the teacher."""
+        student = self._student_causal_lm(student)
+        teacher, body_inputs = self._teacher(), _body_inputs(inputs)
+        seeds = row_seeds(inputs["input_ids"], self.args.seed + self.state.global_step)
+        rows, columns, weights = sample_positions(counted, self.args.kl_positions, seeds)
+        with self.accelerator.autocast():
+            with torch.no_grad():
+                teacher_hidden = teacher.model(**body_inputs, use_cache=False).last_hidden_state[rows, columns]
+            hidden = student.model(**body_inputs, seq_idx=inputs.get("seq_idx"), use_cache=False).last_hidden_state
+            hidden = hidden[rows, columns]  # [N, D]
+            head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+            heads = hidden, head, teacher_hidden, teacher_head
+            loss, (kd, ce) = head_loss(
+                *heads,
+                inputs["labels"][:, 1:][rows, columns],
+                weights,
+                beta=self.args.beta,
+                temperature=self.args.temperature,
+                kd_weight=self.args.kd_weight,
+                ce_weight=self.args.ce_weight,
+            )
+            measured = {"agreement": agreement(*heads)}
+        measured["kl" if self.args.beta == 0 else "divergence"] = torch.stack([kd, weights.sum()])
+        if self.args.ce_weight:
+            measured["cross_entropy"] = torch.stack([ce, weights.sum()])
+        return loss, measured
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
+        # Logits of a whole batch are never made, so only the loss can be asked for.
+        return super().prediction_step(model, inputs, True, ignore_keys)
+
+    def _add_to_totals(self, mode: str, measured: dict[str, torch.Tensor]) -> None:
+        totals = self._totals[mode]
+        for name, sums in measured.items():
+            sums = sums.detach().float()
+            totals[name] = totals[name] + sums if name in totals else sums
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, sums in self._totals[mode].items():
+            numerators, denominators = self.accelerator.reduce(sums, reduction="sum")
+            values = numerators / denominators.clamp(min=1e-12)
+            self._metrics[mode][name].append(values.mean().item())
+            if name == "relative_error":
+                self._metrics[mode][f"{name}_worst_layer"].append(values.max().item())
+                self._write_layer_errors(mode, values)
+        self._totals[mode].clear()
+        super().log(logs, start_time)
+
+    def _write_layer_errors(self, mode: str, values: torch.Tensor) -> None:
+        """Keeps every layer's error beside the checkpoints: thirty numbers in each log line would bury the rest."""
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / LAYER_ERRORS
+            path.parent.mkdir(parents=True, exist_ok=True)
+            line = {
+                "step": self.state.global_step,
+                "mode": mode,
+                "relative_error": [round(v, 5) for v in values.tolist()],
+            }
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def _stop(self, what: str, measured: dict[str, torch.Tensor] | None = None) -> None:
+        where = f" at step {self.state.global_step + 1}"
+        if measured and "relative_error" in measured:
+            bad = (~measured["relative_error"].isfinite()).any(0).nonzero().flatten().tolist()
+            where += f", in layer {bad[0]}" if bad else ""
+        checkpoint = last_checkpoint(self.args.output_dir)
+        good = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
+        raise NonFiniteError(f"{what}{where}. {good} Lower the learning rate or warm up longer.")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        # A gradient that is not finite shows in the loss one step late; by then it must not be in a checkpoint.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                self._stop(f"The parameter {name} is no longer finite and was not saved,")
+        super().save_model(output_dir, _internal_call)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes TRL's card with what it cannot know: the teacher, the stage and the kept heads."""
+        super().create_model_card(model_name, dataset_name, tags)
+        if not self.is_world_process_zero():
+            return
+        path = Path(self.args.output_dir) / "README.md"
+        card = ModelCard.load(path)
+        # TRL writes a placeholder under a misspelt key; the licence is the teacher's and not known here.
+        card.data.pop("licence", None)
+        teacher = self._teacher().config._name_or_path
+        # A folder is named by what it holds; a card must not tell where it lay.
+        teacher = teacher_identity(teacher) if teacher and Path(teacher).exists() else teacher
+        known = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
+        card.data.base_model = teacher if known else None
+        config = self._student_causal_lm(self.accelerator.unwrap_model(self.model)).config
+        kept = sum(len(heads) for heads in config.kept_heads)
+        heads = config.num_hidden_layers * config.num_attention_heads
+        origin = f"[{teacher}](https://huggingface.co/{teacher})" if known else "its teacher"
+        sentence = (
+            f"A student of {origin} after the {self.args.stage} stage: {kept} of {heads} attention heads are kept"
+        )
+        card.text = re.sub(r"This model is a fine-tuned version of.*", f"{sentence}, the others recurrent.", card.text)
+        card.text = card.text.replace('model="None"', f'model="{model_name}", trust_remote_code=True')
+        card.save(path)
