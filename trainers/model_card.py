@@ -178,11 +178,11 @@ def kept_rows(head_map: HeadMap) -> list[list[str]]:
 
 def not_listed(head_map: HeadMap) -> str:
     """Counts what the table of kept heads leaves out."""
-    teacher, empty = head_map.teacher, sum(not kept for kept in head_map.kept_heads)
+    teacher, without = head_map.teacher, sum(not kept for kept in head_map.kept_heads)
     groups = teacher.num_hidden_layers * teacher.num_key_value_heads
     return (
-        f"{empty} of the {teacher.num_hidden_layers} layers have no attention at all. Of the teacher's {groups} KV heads "
-        f"{len(head_map.kv_groups)} remain, which is what a cache pays for."
+        f"{without} of the {teacher.num_hidden_layers} layers have no attention at all. Of the teacher's {groups} "
+        f"KV heads {len(head_map.kv_groups)} remain, which is what a cache pays for."
     )
 
 

@@ -6,13 +6,11 @@ Everything here reads the folder as data. No code of it is imported, no pickle i
     verify("runs/demo/published")
 """
 
-import ast
 import getpass
 import os
 import re
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
+from trainers.code_rules import code_problems, relative_imports
 from trainers.files import read_json, sha256
 from trainers.head_map import HeadMap
 
@@ -34,28 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CONFIG_BYTES = 2**20
 CARD_BYTES = 2**20
 CODE_BYTES = 2**20
-# What model code needs. A remote-code file that imports anything else could reach the network or the disk.
-CODE_IMPORTS = {
-    "collections",
-    "dataclasses",
-    "functools",
-    "math",
-    "typing",
-    "torch",
-    "transformers",
-    "huggingface_hub",
-}
-OPTIONAL_IMPORTS = {"mamba_ssm", "causal_conv1d", "flash_attn"}
-CODE_ATTRIBUTES = {
-    "hub",
-    "load",
-    "save",
-    "from_file",
-    "hf_hub_download",
-    "snapshot_download",
-    "load_state_dict_from_url",
-}
-CODE_CALLS = {"open", "exec", "eval", "compile", "__import__", "input", "globals", "vars"}
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}")
 HOME = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|mnt|media|scratch|tmp)/[\w.@+-]+|[A-Za-z]:\\Users\\[\w.@+-]+")
 # Names so common that they say nothing of a person, and occur as words of their own.
@@ -135,47 +112,6 @@ def check_code(folder: Path) -> None:
         queue += [f"{module}.py" for module in relative_imports(source)]
     if found != wanted:
         raise ValueError(f"{', '.join(sorted(found - wanted))} is not imported by the model; remove it.")
-
-
-def relative_imports(source: str) -> list[str]:
-    """Modules that a source file imports from its own folder."""
-    nodes = ast.walk(ast.parse(source))
-    return [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.level and node.module]
-
-
-def code_problems(source: str) -> Iterator[str]:
-    """
-    Yields what a remote-code file must not do, each as `line N: ...`.
-
-    Imports: `from .module import name` of the same folder, or absolute ones of a few packages; optional kernels inside
-    `try:` only. No network, file system, subprocess, or running of text as code.
-    """
-    try:
-        tree = ast.parse(source)
-    except SyntaxError as error:
-        yield f"line {error.lineno}: not Python ({error.msg})."
-        return
-    guarded = {id(child) for node in ast.walk(tree) if isinstance(node, ast.Try) for child in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            if node.level > 1 or not node.module or "." in node.module:
-                yield f"line {node.lineno}: only `from .module import name` of the same folder is shipped to the Hub."
-        elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-            for name in names:
-                package = name.split(".")[0]
-                if package in OPTIONAL_IMPORTS and id(node) not in guarded:
-                    yield f"line {node.lineno}: the optional package {package} must be imported inside `try:`."
-                elif package not in CODE_IMPORTS | OPTIONAL_IMPORTS:
-                    yield f"line {node.lineno}: model code has no business with {name}."
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in CODE_CALLS:
-            yield f"line {node.lineno}: model code must not call {node.func.id}()."
-        elif isinstance(node, ast.Attribute) and (node.attr in CODE_ATTRIBUTES or _is_escape(node.attr)):
-            yield f"line {node.lineno}: model code must not use .{node.attr}."
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            for alias in node.names:
-                if alias.name in CODE_ATTRIBUTES:
-                    yield f"line {node.lineno}: model code must not import {alias.name}."
 
 
 def check_weights(folder: Path, config: RadHybridConfig, progress: bool = False) -> None:
@@ -291,11 +227,6 @@ def _check_tensor(file: str, name: str, tensors, wanted: dict[str, tuple[int, ..
         raise ValueError(f"{name} in {file} is {tensor.dtype}; weights must be float32, bfloat16 or float16.")
     if not tensor.isfinite().all():
         raise ValueError(f"{name} in {file} holds NaN or infinite values; train again from a sound checkpoint.")
-
-
-def _is_escape(attribute: str) -> bool:
-    # Ways from an object back to the interpreter.
-    return attribute in ("__globals__", "__builtins__", "__subclasses__", "__code__", "__loader__", "__import__")
 
 
 def _secrets(folder: Path) -> tuple[list[str], list[str]]:
