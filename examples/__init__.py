@@ -1,1 +1,1 @@
-"""What a clone needs to run the demo: a real teacher and a little text."""
+"""What a clone needs to run the demo: a real teacher (`smollm2`) and a little text (`text`)."""

@@ -151,6 +151,11 @@ def _load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrai
     model = type(loaded).from_pretrained(None, config=config, state_dict=loaded.state_dict(), dtype=dtype)
     model.config.name_or_path = str(path)
     tokenizer.model_max_length = config.max_position_embeddings
+    # transformers 5.17 swaps the names of these two for byte-level tokenizers.
+    tokenizer.bos_token, tokenizer.eos_token = (
+        None if token is None else tokenizer.convert_ids_to_tokens(token)
+        for token in (config.bos_token_id, config.eos_token_id)
+    )
     return model, tokenizer
 
 
