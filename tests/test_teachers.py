@@ -193,6 +193,17 @@ def test_gguf_with_garbled_header_gives_a_clear_error(gguf_file, tmp_path, seed)
         load_teacher(path)
 
 
+def test_gguf_without_a_tokenizer_is_refused(tmp_path):
+    path = tmp_path / "weights.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(ValueError, match="weights.gguf holds no tokenizer"):
+        load_teacher(path)
+
+
 def test_gguf_without_a_tensor_is_refused(llama, tmp_path):
     path = write_gguf(llama, tmp_path / "holes.gguf", drop=["model.layers.1.mlp.up_proj.weight"])
     with pytest.raises(ValueError, match="lacks 1 of the model's tensors.*layers.1.mlp.up_proj"):

@@ -174,9 +174,11 @@ def _check_gguf(path: Path) -> None:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} does not begin as a GGUF file does.")
     try:
-        GGUFReader(path)
+        fields = GGUFReader(path).fields
     except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise ValueError(f"{path} is cut off or corrupt ({error}). Download it again.") from error
+    if "tokenizer.ggml.tokens" not in fields:
+        raise ValueError(f"{path} holds no tokenizer. Take a GGUF file of a whole model.")
 
 
 def _check_config(config: PreTrainedConfig) -> None:
