@@ -83,7 +83,7 @@ def test_rows_have_one_length_and_keep_every_token_in_order(tiny_tokenizer):
     assert rows.num_rows == 2 and all(len(row) == 12 for row in rows["input_ids"])
     assert rows["labels"][:] == rows["input_ids"][:]
     expected = [token for d in documents for token in [*tiny_tokenizer(d).input_ids, tiny_tokenizer.eos_token_id]]
-    assert sorted(rows["input_ids"]) == sorted([expected[:12], expected[12:24]])
+    assert rows["input_ids"][:] == [expected[:12], expected[12:24]]
 
 
 def test_a_long_document_gives_one_window_and_not_always_the_first(tiny_tokenizer):
@@ -101,7 +101,7 @@ def test_shares_hold_in_the_whole_and_in_every_stretch(tiny_tokenizer):
     sources = [Source(_documents(LONG, 40, 30), 3.0), Source(_documents(SHORT, 40, 20), 1.0)]
     rows = packed_dataset(tiny_tokenizer, sources, length=64, num_tokens=64 * 200, progress=False)
     assert _share(rows, tiny_tokenizer, SHORT) == pytest.approx(0.25, abs=0.01)
-    assert _share(rows.select(range(50)), tiny_tokenizer, SHORT) == pytest.approx(0.25, abs=0.05)
+    assert _share(rows.select(range(100, 116)), tiny_tokenizer, SHORT) == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_whole_document_is_never_cut(tiny_tokenizer):

@@ -213,8 +213,9 @@ def packed_dataset(
     Tokenises a mixture of sources and packs it into rows of exactly `length` tokens.
 
     The next document always comes from the source that is furthest behind its share, so shares hold in every stretch
-    of the data. Documents end with the EOS token. One that is longer than a row gives a window of `length` tokens at a
-    random place; what does not fit into a row goes on in the next one, unless its source is `whole`.
+    of the data, and rows are best read in their order. Documents end with the EOS token. One that is longer than a row
+    gives a window of `length` tokens at a random place; what does not fit into a row goes on in the next one, unless
+    its source is `whole`.
 
     Args:
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
@@ -226,7 +227,7 @@ def packed_dataset(
         num_tokens (`int`):
             Least number of tokens of the whole; the last row is completed.
         seed (`int`, *optional*, defaults to 0):
-            Decides the windows and the order of the rows. The order of a source's documents is the source's own.
+            Decides the windows. The order of the documents is their source's own.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -253,7 +254,6 @@ def packed_dataset(
         while len(rows) * length < num_tokens:
             rows.append(mixture.row(length))
             bar.update(length)
-    rng.shuffle(rows)
     return Dataset.from_dict({"input_ids": rows, "labels": rows})
 
 

@@ -69,16 +69,15 @@ class RadDistillationConfig(SFTConfig):
         decay_ratio (`float`, *optional*, defaults to `0.2`):
             Share of the steps in which the rate decays, for `lr_scheduler_type="warmup_stable_decay"`.
 
-    > [!NOTE]
-    > These parameters have default values different from [`~trl.SFTConfig`]:
-    > - `learning_rate`: Defaults to `3e-5` instead of `2e-5`.
-    > - `lr_scheduler_type`: Defaults to `"warmup_stable_decay"` instead of `"linear"`.
-    > - `warmup_steps`: Defaults to `0.1` (a share of all steps) instead of `0`.
-    > - `max_length`: Defaults to `2048` instead of `1024`.
-    > - `max_grad_norm`: Defaults to `0.0` (no clipping) in the alignment stage: a common norm would couple the layers.
-    > - `gradient_checkpointing`: Defaults to `False` instead of `True`.
-    > - `bf16`: Defaults to `True` only where bfloat16 products are quick, see [`~trainers.precision.fast_dtype`].
-    > - `include_num_input_tokens_seen`: Defaults to `"non_padding"`, a count that outlives a resume.
+    > [!NOTE] > These parameters have default values different from [`~trl.SFTConfig`]: > - `learning_rate`: Defaults
+    to `3e-5` instead of `2e-5`. > - `lr_scheduler_type`: Defaults to `"warmup_stable_decay"` instead of `"linear"`. >
+    - `warmup_steps`: Defaults to `0.1` (a share of all steps) instead of `0`. > - `max_length`: Defaults to `2048`
+    instead of `1024`. > - `max_grad_norm`: Defaults to `0.0` (no clipping) in the alignment stage: a common norm would
+    couple the layers. > - `gradient_checkpointing`: Defaults to `False` instead of `True`. > - `bf16`: Defaults to
+    `True` only where bfloat16 products are quick, see [`~trainers.precision.fast_dtype`]. > -
+    `train_sampling_strategy`: Defaults to `"sequential"` instead of `"random"`: packed rows come mixed, so that each >
+    batch holds every source's share. Shuffle other data, or set `"random"`. > - `include_num_input_tokens_seen`:
+    Defaults to `"non_padding"`, a count that outlives a resume.
     """
 
     _VALID_DICT_FIELDS = SFTConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
@@ -100,6 +99,10 @@ class RadDistillationConfig(SFTConfig):
     )
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding", metadata={"help": "Which input tokens to count: all, non_padding or no."}
+    )
+
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Order of the rows: sequential, random or group_by_length."}
     )
 
     # Parameters that control the stage
