@@ -165,7 +165,7 @@ class HubServer:
                 Regular expression searched in the request's path.
             how (`int` or `str`):
                 Status to answer with; `"drop"` cuts the connection in the middle of the body; `"hold"` waits, before
-                anything is stored, until `release` is set; `"corrupt"` flips a byte of the content served.
+                anything is stored, until `release` is set; `"corrupt"` flips bits of the content sent or served.
             times (`int`, *optional*, defaults to 1):
                 How many requests to hit.
             after (`int`, *optional*, defaults to 0):
@@ -244,6 +244,8 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.body = self.read_body()
             self.corrupt = how == "corrupt"
+            if self.corrupt and self.body:
+                self.body = flip(self.body)
             if isinstance(how, int):
                 raise HubError(how, "", "Ordered by the test")
             self.user = self.read_user()
@@ -429,7 +431,7 @@ class Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Etag": f'"{entry.sha256}"', "X-Linked-Size": entry.size}
         content = self.hub.blob(entry).read_bytes()
         if self.corrupt:
-            content = content[:-1] + bytes([content[-1] ^ 1])
+            content = flip(content)
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if wanted is None:
             return self.send_bytes(200, content, headers)
@@ -542,6 +544,11 @@ def describe(entry: Entry, oid: str = "oid") -> dict:
     if entry.sha256:
         row["lfs"] = {"oid": entry.sha256, "sha256": entry.sha256, "size": entry.size, "pointerSize": 130}
     return row
+
+
+def flip(content: bytes) -> bytes:
+    middle = len(content) - 5
+    return content[:middle] + bytes([content[middle] ^ 0x55]) + content[middle + 1 :]
 
 
 def missing_entry(commit: Commit, path: str) -> HubError:

@@ -315,12 +315,6 @@ def test_fresh_process_without_our_packages(staged):
     assert {change.path for change in publication.changes} == listing(staged)
 
 
-def test_fresh_process_tells_another_student_apart(staged, tmp_path, tiny_llama, tiny_tokenizer):
-    other = stage_student(tmp_path / "other", tiny_llama, tiny_tokenizer, seed=1)
-    with pytest.raises(ValueError, match="published gives other logits than other: they differ by up to"):
-        reload_check(staged, reference=other)
-
-
 def test_fresh_process_must_be_without_our_packages(staged, monkeypatch):
     """A package that can be imported there after all is an error: the check would prove nothing."""
     monkeypatch.setattr(trainers.reload, "BLOCKED", ["json"])
