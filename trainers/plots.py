@@ -54,7 +54,7 @@ def score_heat_map(
     if len(kept_heads) != layers or any(head >= heads for kept in kept_heads for head in kept):
         raise ValueError(f"The kept heads do not belong to a table of {layers} layers x {heads} heads.")
     cell = min(0.34, 12 / max(layers, heads))
-    figure = Figure(figsize=(cell * layers + 1.9, cell * heads + 1.5), layout="constrained")
+    figure = Figure(figsize=(max(cell * layers, 3) + 1.9, max(cell * heads, 1) + 1.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     highest = max(max(map(max, matrix)), 1e-9)
