@@ -23,6 +23,20 @@ import yaml
 # What a student keeps: the heads that were found, none at all, or as many drawn at random.
 STUDENTS = ("found", "none", "random")
 MIXINGS = ("replace", "parallel")
+ROOT = Path(__file__).resolve().parent.parent
+# Questions of four share a dictionary and its cost.
+STANDARD_TASKS = tuple(
+    {"probe": {"name": "kv", "shots": 2, "queries": 4, **probe}, "num_examples": 100}
+    for probe in (
+        {"format": "json", "pairs": 10},
+        {"format": "json", "pairs": 20},
+        {"format": "json", "pairs": 40},
+        {"format": "json", "pairs": 20, "values": "words"},
+        {"format": "paper", "pairs": 20},
+        {"format": "lines", "pairs": 20},
+        {"name": "phone_book", "pairs": 10},
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -108,8 +122,11 @@ class DataSettings:
 
     Args:
         text (`str`, *optional*):
-            A text, JSON Lines or compressed JSON Lines file, a folder of them, or a Hub data set; by default the
-            excerpt that comes with the project.
+            A .jsonl or .txt file (also compressed), a folder of them, or a Hub data set; by default the excerpt that
+            comes with the repository.
+        held_out_text (`str`, *optional*):
+            The same for the loss on held-out text; by default that of the excerpt, or one document in twenty of
+            `text`.
         probes (`list[dict]`, *optional*):
             Settings of the probes whose documents are mixed in.
         probe_share (`float`, *optional*, defaults to `0.4`):
@@ -119,6 +136,7 @@ class DataSettings:
     """
 
     text: str | None = None
+    held_out_text: str | None = None
     probes: list[dict] = field(default_factory=list)
     probe_share: float = 0.4
     length: int = 512
@@ -168,7 +186,7 @@ class EvalSettings:
     How teacher and students are measured.
 
     Args:
-        tasks (`list[dict]`, *optional*):
+        tasks (`list[dict]`, *optional*, defaults to `STANDARD_TASKS`):
             Tasks as [`~trainers.tasks.task_from_settings`] takes them.
         text_tokens (`int`, *optional*, defaults to `32768`):
             Held-out tokens for the loss on text; 0 leaves it out.
@@ -180,7 +198,7 @@ class EvalSettings:
             Tasks on which the teacher scores less are left out of the coverage.
     """
 
-    tasks: list[dict] = field(default_factory=list)
+    tasks: list[dict] = field(default_factory=lambda: list(STANDARD_TASKS))
     text_tokens: int = 32_768
     batch_size: int = 25
     dtype: str = "auto"
@@ -275,6 +293,22 @@ class Recipe:
     def to_dict(self) -> dict:
         """Returns plain values that [`Recipe.from_dict`] reads back."""
         return dataclasses.asdict(self)
+
+
+def shipped_recipe(name: str) -> Path:
+    """
+    Path of a recipe of the repository's `recipes/`.
+
+    Raises:
+        `FileNotFoundError`: when hf-rad runs without its repository, or there is no such recipe.
+    """
+    path = ROOT / "recipes" / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"There is no {path.name} in {path.parent}: recipes come with the repository. Run from a clone of it "
+            "(pip install -e .), or write a recipe of your own for `hf-rad run --config`."
+        )
+    return path
 
 
 def _parse(kind, value, where: str):

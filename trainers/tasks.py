@@ -12,17 +12,29 @@ divided by its characters. A task says whether its format was in the training da
 repeats it.
 """
 
+import copy
 import json
 import lzma
 import random
 import string
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
-from trainers.probes import Example, Probe, generated_accuracy, probe_from_settings
+from trainers.probes import (
+    EncodedAnswer,
+    Example,
+    Probe,
+    common_prefix,
+    is_correct,
+    left_padded,
+    probe_from_settings,
+    token_ids,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,7 @@ class ProbeTask:
 
     Args:
         probe ([`~trainers.probes.KVRetrieval`] or [`~trainers.probes.PhoneBook`]):
-            What is asked.
+            What is asked. With `queries` above 1 that many questions share a dictionary and its cost.
         num_examples (`int`, *optional*, defaults to `100`):
             Questions asked.
         trained_on (`bool`, *optional*, defaults to `False`):
@@ -60,7 +72,19 @@ class ProbeTask:
 
     def measure(self, model, tokenizer, batch_size: int, seed: int, progress: bool) -> float:
         """Returns the share of right answers, between 0 and 1."""
-        correct = generated_accuracy(model, tokenizer, self.examples(seed), batch_size, progress)
+        examples = self.examples(seed)
+        longest = max(len(EncodedAnswer.of(tokenizer, example).target) for example in examples)
+        texts = generate_greedy(
+            model,
+            tokenizer,
+            [example.prompt for example in examples],
+            longest + 2,
+            batch_size,
+            self.probe.queries,
+            progress,
+            self.name,
+        )
+        correct = [is_correct(text, example.answer) for text, example in zip(texts, examples, strict=True)]
         return sum(correct) / len(correct)
 
 
@@ -129,7 +153,9 @@ class ReadingTask:
         """Returns the share of continuations that contain an accepted answer, between 0 and 1."""
         examples = self.examples(seed)
         prompts = [prompt for prompt, _ in examples]
-        texts = generate_greedy(model, tokenizer, prompts, self.max_new_tokens, batch_size)
+        texts = generate_greedy(
+            model, tokenizer, prompts, self.max_new_tokens, batch_size, progress=progress, description=self.name
+        )
         found = [contains_answer(text, answers) for text, (_, answers) in zip(texts, examples, strict=True)]
         return sum(found) / len(found)
 
@@ -246,40 +272,105 @@ def contains_answer(text: str, answers: list[str]) -> bool:
 
 
 @torch.no_grad()
-def generate_greedy(model, tokenizer, prompts: list[str], max_new_tokens: int, batch_size: int) -> list[str]:
+def generate_greedy(
+    model,
+    tokenizer,
+    prompts: list[str],
+    max_new_tokens: int,
+    batch_size: int = 25,
+    group: int = 1,
+    progress: bool = True,
+    description: str = "asking",
+) -> list[str]:
     """
-    Continues prompts greedily, in left-padded batches of like length.
+    Continues prompts greedily.
+
+    Prompts of one group begin alike, as the questions on one dictionary do. What they share is run once, and its cache
+    copied for each of them: the same answers for a fraction of the work.
 
     Args:
         model ([`~transformers.PreTrainedModel`]):
-            Causal language model.
+            Causal language model, in eval mode.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
         prompts (`list[str]`):
             Texts to continue.
         max_new_tokens (`int`):
             Most tokens to generate for each.
-        batch_size (`int`):
-            Prompts generated for at once.
+        batch_size (`int`, *optional*, defaults to `25`):
+            Prompts run at once.
+        group (`int`, *optional*, defaults to `1`):
+            Consecutive prompts that begin alike.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+        description (`str`, *optional*, defaults to `"asking"`):
+            What the bar says.
 
     Returns:
         `list[str]`: the continuations, without the prompts, in the prompts' order.
     """
-    token_ids = tokenizer(prompts)["input_ids"]
-    order = sorted(range(len(prompts)), key=lambda index: len(token_ids[index]))
-    texts = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer.pad(
-            {"input_ids": [token_ids[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-        ).to(model.device)
-        output = model.generate(
-            **batch, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        continuations = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, continuations, strict=True):
-            texts[index] = text
+    ids = [token_ids(tokenizer, prompt) for prompt in prompts]
+    groups = [list(range(start, min(start + group, len(ids)))) for start in range(0, len(ids), group)]
+    # Neighbours of like length waste little on padding; the longest first, so that what is too large fails at once.
+    groups.sort(key=lambda members: -len(ids[members[0]]))
+    texts = [""] * len(ids)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=model.generation_config.eos_token_id,
+    )
+    at_once = max(1, batch_size // group)
+    with tqdm(total=len(ids), desc=description, unit="prompt", disable=not progress, leave=False) as bar:
+        for start in range(0, len(groups), at_once):
+            for members, continuations in _continue_groups(model, ids, groups[start : start + at_once], config):
+                for member, text in zip(
+                    members, tokenizer.batch_decode(continuations, skip_special_tokens=True), strict=True
+                ):
+                    texts[member] = text
+                bar.update(len(members))
     return texts
+
+
+def _continue_groups(
+    model, ids: list[list[int]], groups: list[list[int]], config: GenerationConfig
+) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yields members of the groups and the tokens [members, new tokens] that continue them."""
+    shared = [_shared_length([ids[member] for member in members]) for members in groups]
+    prefixes = [ids[members[0]][:length] for members, length in zip(groups, shared, strict=True)]
+    prefix_ids, prefix_mask = left_padded(prefixes, config.pad_token_id, model.device)  # [groups, T]
+    cache = model(
+        input_ids=prefix_ids,
+        attention_mask=prefix_mask,
+        position_ids=(prefix_mask.cumsum(-1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for row, members in enumerate(groups):
+        for member in members:
+            by_length.setdefault(len(ids[member]) - shared[row], []).append((row, member))
+    # Suffixes of one length need no padding between the prefix and themselves.
+    for chosen in by_length.values():
+        rows = torch.tensor([row for row, _ in chosen], device=model.device)
+        suffix = torch.tensor([ids[member][shared[row] :] for row, member in chosen], device=model.device)
+        copied = copy.deepcopy(cache)
+        # reorder_cache is the one way to multiply a batch that recurrent layers' caches know too.
+        copied.reorder_cache(rows)
+        input_ids = torch.cat([prefix_ids[rows], suffix], dim=1)
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.cat([prefix_mask[rows], torch.ones_like(suffix)], dim=1),
+            past_key_values=copied,
+            generation_config=config,
+        )
+        yield [member for _, member in chosen], output[:, input_ids.shape[1] :]
+
+
+def _shared_length(prompts: list[list[int]]) -> int:
+    # At least one token of each prompt must be left to run.
+    shortest = min(map(len, prompts)) - 1
+    return min([shortest, *(common_prefix(prompts[0], other) for other in prompts[1:])])
 
 
 @torch.no_grad()
@@ -304,21 +395,17 @@ def continuation_log_likelihoods(model, tokenizer, pairs: list[tuple[str, str]],
         rows = whole[start : start + batch_size]
         # Right padding: nothing after a token changes what a causal model says of it.
         batch = tokenizer.pad({"input_ids": rows}, padding_side="right", return_tensors="pt").to(model.device)
-        first = [_shared_prefix(row, context) for row, context in zip(rows, contexts[start:], strict=False)]
+        # Tokens may merge across the seam; the continuation begins at the first token that differs, never at token 0.
+        first = [
+            max(1, min(common_prefix(row, context), len(row) - 1))
+            for row, context in zip(rows, contexts[start:], strict=False)
+        ]
         logits = model(**batch, logits_to_keep=batch["input_ids"].shape[1] - min(first) + 1).logits.float()
         for row, begin, row_logits in zip(rows, first, logits, strict=True):
             row_logits = row_logits[begin - min(first) :][: len(row) - begin]  # [continuation, V]
             targets = torch.tensor(row[begin:], device=logits.device)
             scores.append(row_logits.log_softmax(-1).gather(-1, targets[:, None]).sum().item())
     return scores
-
-
-def _shared_prefix(whole: list[int], context: list[int]) -> int:
-    # Tokens may merge across the seam; the continuation begins at the first token that differs, and never at token 0.
-    same = 0
-    while same < min(len(whole) - 1, len(context)) and whole[same] == context[same]:
-        same += 1
-    return max(same, 1)
 
 
 def _normalise(text: str) -> str:

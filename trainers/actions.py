@@ -1,0 +1,320 @@
+"""
+What each verb does, given a workshop and the files to read and write. `hf-rad VERB` calls one of these, the pipeline
+all.
+
+    workshop = Workshop(Recipe(teacher="smollm2"))
+    score(workshop, Path("runs/mine"))
+    select(workshop, "found", Path("runs/mine/scores.json"), Path("runs/mine/head_map.json"))
+"""
+
+import dataclasses
+import math
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+
+from modeling_rad_hybrid import RadHybridForCausalLM
+from trainers.calibration import calibrate
+from trainers.conversion import convert
+from trainers.data import token_batches
+from trainers.distill_config import RadDistillationConfig
+from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
+from trainers.evaluation import evaluate
+from trainers.files import read_json, write_json
+from trainers.head_map import HeadMap
+from trainers.head_scoring import HeadScores, score_heads
+from trainers.plots import score_heat_map
+from trainers.precision import fast_dtype, resolve_dtype
+from trainers.probes import probe_from_settings
+from trainers.recipe import StageSettings
+from trainers.selection import no_heads, random_heads, top_k
+from trainers.tasks import ProbeTask, Task, task_from_settings
+from trainers.workshop import Workshop, default_device
+
+
+# What a student's folder says of its making, beside the head map and the scores.
+TRAINING = Path("rad") / "training.json"
+# Rows of a calibration batch, and rows of a training batch that fit into the memory of a small machine.
+CALIBRATION_ROWS = 8
+TRAINING_ROWS = 8
+
+
+def score(workshop: Workshop, out: Path) -> HeadScores:
+    """
+    Scores every head of the teacher; writes `scores.json` and the heat map `scores.png` to `out`.
+
+    Raises:
+        `ValueError`: when the teacher fails the probe.
+    """
+    settings = workshop.recipe.score
+    scores = score_heads(
+        workshop.teacher,
+        workshop.tokenizer,
+        probe_from_settings(settings.probe),
+        settings.num_examples,
+        workshop.recipe.seed,
+        teacher=workshop.shape,
+        dtype=resolve_dtype(settings.dtype, workshop.teacher.device),
+        min_accuracy=settings.min_accuracy,
+        partial_path=out / "scores.partial.jsonl",
+        progress=workshop.progress,
+    )
+    scores.save(out / "scores.json")
+    draw(scores, None, out / "scores.png")
+    return scores
+
+
+def draw(scores: HeadScores, head_map: HeadMap | None, path: Path) -> None:
+    """Draws the heat map of `scores`, the heads of `head_map` outlined."""
+    kept = None if head_map is None else head_map.kept_heads
+    score_heat_map(scores.accuracy_drop, kept, path, f"Retrieval heads of {scores.teacher.id.split('/')[-1]}")
+
+
+def select(workshop: Workshop, kind: str, scores: Path | None, head_map: Path) -> HeadMap:
+    """
+    Chooses the kept heads of a student and writes its head map.
+
+    Args:
+        workshop ([`~trainers.workshop.Workshop`]):
+            Shared resources; `recipe.select` holds the budget.
+        kind (`str`):
+            `"found"`, `"none"` or `"random"` (as many as the found ones).
+        scores (`Path`, *optional*):
+            `scores.json`; not needed where the recipe names a ready-made head map.
+        head_map (`Path`):
+            File to write.
+    """
+    settings = workshop.recipe.select
+    if settings.head_map is not None:
+        chosen = HeadMap.load(settings.head_map)
+    else:
+        chosen = top_k(HeadScores.load(scores), heads=settings.heads, fraction=settings.fraction)
+    if kind == "none":
+        chosen = no_heads(chosen.teacher)
+    elif kind == "random":
+        chosen = random_heads(chosen.teacher, heads=chosen.num_kept, seed=workshop.recipe.seed)
+    chosen.save(head_map)
+    return chosen
+
+
+def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Path | None = None) -> list[tuple]:
+    """
+    Converts the teacher, fits the recurrent heads' readout in closed form and writes the student's folder.
+
+    Args:
+        workshop ([`~trainers.workshop.Workshop`]):
+            Shared resources; `recipe.convert` and `recipe.calibrate` hold the settings.
+        head_map (`Path`):
+            Head map.
+        folder (`Path`):
+            Folder to write.
+        scores (`Path`, *optional*):
+            `scores.json` to keep beside the head map.
+
+    Returns:
+        `list[tuple]`: for each layer its residual before and after the fit; empty without a fit.
+    """
+    recipe = workshop.recipe
+    chosen = HeadMap.load(head_map)
+    chosen.check_teacher(workshop.teacher.config, workshop.recipe.teacher)
+    student = convert(
+        workshop.teacher, chosen, mixing=recipe.convert.mixing, state_size=recipe.convert.state_size, seed=recipe.seed
+    )
+    residuals = []
+    if recipe.calibrate.tokens:
+        rows = workshop.rows(recipe.calibrate.tokens, "calibration")
+        residuals = calibrate(workshop.teacher, student, token_batches(rows, CALIBRATION_ROWS))
+    tokens = recipe.calibrate.tokens
+    stages = [{"stage": "calibration", "tokens": tokens, "probes": recipe.data.probes}] if tokens else []
+    training = {"tokens_trained": tokens, "stages": stages}
+    save_student(student, workshop, folder, chosen, scores, training)
+    return residuals
+
+
+def save_student(student, workshop: Workshop, folder: Path, head_map: HeadMap, scores: Path | None, training: dict):
+    """Writes a student's folder as a whole: model, tokenizer, head map, scores and how it was trained."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as work:
+        work = Path(work) / folder.name
+        student.save_pretrained(work)
+        workshop.tokenizer.save_pretrained(work)
+        head_map.save(work / "rad" / "head_map.json")
+        if scores is not None:
+            shutil.copyfile(scores, work / "rad" / "scores.json")
+        write_json(work / TRAINING, training)
+        if folder.exists():
+            shutil.rmtree(folder)
+        work.rename(folder)
+
+
+def load_student(folder: Path | str, dtype: torch.dtype = torch.float32) -> RadHybridForCausalLM:
+    """Loads a student onto this machine's accelerator, in eval mode."""
+    return RadHybridForCausalLM.from_pretrained(folder, dtype=dtype).to(default_device()).eval()
+
+
+def train(
+    workshop: Workshop, source: Path, folder: Path, stage: str, settings: StageSettings, resume: bool = False
+) -> None:
+    """
+    Trains one stage of a student and writes the outcome.
+
+    Args:
+        workshop ([`~trainers.workshop.Workshop`]):
+            Shared resources.
+        source (`Path`):
+            Folder of the student to start from.
+        folder (`Path`):
+            Folder of the run: checkpoints while it lasts, the trained student in the end.
+        stage (`str`):
+            `"alignment"` or `"distillation"`.
+        settings ([`~trainers.recipe.StageSettings`]):
+            Tokens, batch and further arguments of the trainer.
+        resume (`bool`, *optional*, defaults to `False`):
+            Whether to go on from the newest checkpoint in `folder`; otherwise what is there is deleted.
+    """
+    if folder.exists() and not resume:
+        shutil.rmtree(folder)
+    student = load_student(source)
+    rows = workshop.rows(settings.tokens, stage)
+    with workshop.stage_teacher(stage, len(rows) * workshop.recipe.data.length) as teacher:
+        trainer = RadDistillationTrainer(
+            student,
+            teacher,
+            training_arguments(workshop, folder, stage, settings),
+            rows,
+            processing_class=workshop.tokenizer,
+        )
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer.save_model(str(folder))
+    record_training(source, folder, stage, trainer.state.num_input_tokens_seen, workshop.recipe.data.probes)
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+
+
+def record_training(source: Path | str, folder: Path, stage: str, tokens: int, probes: list[dict]) -> None:
+    """
+    Takes what a student's folder says of its making along to the folder of its next stage, and adds the stage.
+
+    Args:
+        source (`Path` or `str`):
+            Folder or Hub id of the student that the stage began with.
+        folder (`Path`):
+            Folder of the trained student.
+        stage (`str`):
+            `"alignment"` or `"distillation"`.
+        tokens (`int`):
+            Tokens that it was trained on.
+        probes (`list[dict]`):
+            Settings of the probes among them.
+    """
+    HeadMap.load(source).save(folder / "rad" / "head_map.json")
+    training = {"tokens_trained": 0, "stages": []}
+    if Path(source).is_dir():
+        shutil.copytree(Path(source) / "rad", folder / "rad", dirs_exist_ok=True)
+        if (Path(source) / TRAINING).is_file():
+            training = read_json(Path(source) / TRAINING)
+    training["tokens_trained"] += tokens
+    training["stages"].append({"stage": stage, "tokens": tokens, "probes": probes})
+    write_json(folder / TRAINING, training)
+
+
+def num_steps(settings: StageSettings) -> int:
+    """Optimizer steps of a stage."""
+    return math.ceil(settings.tokens / settings.batch_tokens)
+
+
+def training_arguments(workshop: Workshop, folder: Path, stage: str, settings: StageSettings) -> RadDistillationConfig:
+    """Turns a stage's settings into the trainer's arguments."""
+    length = workshop.recipe.data.length
+    rows = settings.batch_tokens // length
+    at_once = settings.arguments.get("per_device_train_batch_size", math.gcd(rows, TRAINING_ROWS))
+    if rows * length != settings.batch_tokens or rows % at_once:
+        raise ValueError(
+            f"A step of {settings.batch_tokens} tokens is not a whole number of batches of {at_once} rows of {length} "
+            "tokens. Choose batch_tokens as a multiple of data.length (and of per_device_train_batch_size)."
+        )
+    defaults = {
+        "output_dir": str(folder),
+        "stage": stage,
+        "max_steps": num_steps(settings),
+        "max_length": length,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": rows // at_once,
+        "logging_steps": 5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": not workshop.progress,
+        "seed": workshop.recipe.seed,
+        "bf16": fast_dtype(default_device()) is torch.bfloat16,
+    }
+    try:
+        return RadDistillationConfig(**{**defaults, **settings.arguments})
+    except TypeError as error:
+        raise ValueError(f"The arguments of the {stage} stage cannot be used: {error}.") from error
+
+
+def suite(tasks: list[dict], trained: list[dict]) -> list[Task]:
+    """
+    Makes tasks of their settings. A probe counts as trained on when the training data held one of the same kind,
+    format and values, whatever its settings say.
+
+    Args:
+        tasks (`list[dict]`):
+            Settings of the tasks.
+        trained (`list[dict]`):
+            Settings of the probes in the training data.
+    """
+    formats = {_format(settings) for settings in trained}
+    made = [task_from_settings(settings) for settings in tasks]
+    return [
+        dataclasses.replace(task, trained_on=True)
+        if isinstance(task, ProbeTask) and _format(task.probe.settings()) in formats
+        else task
+        for task in made
+    ]
+
+
+def _format(settings: dict) -> tuple:
+    settings = probe_from_settings(settings).settings()
+    return settings["name"], settings.get("format"), str(settings.get("values"))
+
+
+def trained_probes(student: Path | str) -> list[dict]:
+    """Settings of the probes that a student's folder says it was trained on."""
+    path = Path(student) / TRAINING
+    stages = read_json(path)["stages"] if path.is_file() else []
+    return [settings for stage in stages for settings in stage["probes"]]
+
+
+def measure_student(workshop: Workshop, folder: Path | str, suite: list[Task]) -> dict:
+    """Measures a student in the type that the recipe's `eval` asks for."""
+    settings = workshop.recipe.eval
+    student = load_student(folder, resolve_dtype(settings.dtype, default_device()))
+    training = Path(folder) / TRAINING
+    return {
+        **evaluate(student, workshop.tokenizer, suite, **measure_options(workshop)),
+        "kept_heads": sum(map(len, student.config.kept_heads)),
+        "tokens_trained": read_json(training)["tokens_trained"] if training.is_file() else None,
+    }
+
+
+def measure_teacher(workshop: Workshop, suite: list[Task]) -> dict:
+    """Measures the teacher in the type that the recipe's `eval` asks for."""
+    teacher = workshop.teacher_in(resolve_dtype(workshop.recipe.eval.dtype, default_device()))
+    return evaluate(teacher, workshop.tokenizer, suite, **measure_options(workshop))
+
+
+def measure_options(workshop: Workshop) -> dict:
+    """The arguments of [`~trainers.evaluation.evaluate`] that every model of a run shares."""
+    settings = workshop.recipe.eval
+    text = None
+    if settings.text_tokens:
+        text = token_batches(workshop.held_out_rows(settings.text_tokens), CALIBRATION_ROWS)
+    return {
+        "text": text,
+        "batch_size": settings.batch_size,
+        "seed": workshop.recipe.seed,
+        "progress": workshop.progress,
+    }

@@ -1,0 +1,270 @@
+"""
+`hf-rad`: one verb for each step from a pretrained teacher to a published hybrid, and two that walk the whole way.
+
+    score ──► select ──► convert ──► distill ──► eval ──► publish          run --config recipe.yaml     demo
+
+Installed as an extension of the Hub's own command (`hf extensions install`), the same verbs answer to `hf rad`.
+Verbs import what they need when they run: `hf-rad --help` must not wait for PyTorch.
+"""
+
+import argparse
+import os
+import sys
+
+
+DISTILL_EXAMPLE = """Examples:
+  hf-rad distill --config recipes/distill.yaml
+  hf-rad distill --model_name_or_path student --teacher_model_name_or_path smollm2 --stage distillation \\
+      --text corpus.jsonl --num_tokens 1000000 --max_length 1024 --num_train_epochs 1 --output_dir distilled
+
+Every field of RadDistillationConfig (TRL's SFTConfig and transformers' TrainingArguments among them) and of
+trainers.distill.DistillArguments is an option; `hf-rad distill --help-all` lists them with their meaning.
+On several GPUs: accelerate launch -m trainers.distill --config recipes/distill.yaml"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Runs one command line.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Words after the program's name; by default those it was started with.
+
+    Returns:
+        `int`: exit code: 0, 1 after an error told in one line, 2 for a command line that cannot be read.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    parser = make_parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and args.verb != "distill":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.words, args.rest = words, rest
+    # transformers is chatty while it loads; what matters is said by the verbs themselves.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        from trainers.verbs import VERBS
+
+        VERBS[args.verb](args)
+    except KeyboardInterrupt:
+        return _fail("Interrupted. `hf-rad run` and `hf-rad demo` go on where they stopped when called again.")
+    except Exception as error:
+        from huggingface_hub.errors import StrictDataclassError
+
+        if not isinstance(error, (ValueError, OSError, StrictDataclassError)):
+            raise
+        return _fail(str(error))
+    return 0
+
+
+def _fail(message: str) -> int:
+    colour, plain = ("\033[31m", "\033[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{colour}Error: {' '.join(message.split())}{plain}", file=sys.stderr)
+    return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of `hf-rad` with all its verbs."""
+    parser = argparse.ArgumentParser(
+        prog="hf-rad",
+        description="Retrieval-aware distillation: keep the attention heads that retrieve, make the others recurrent.",
+        epilog="Learn more: `hf-rad VERB --help`; the paper is https://huggingface.co/papers/2602.11374",
+    )
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    _add_steps(verbs)
+    _add_distill(verbs)
+    _add_eval(verbs)
+    _add_publish(verbs)
+    _add_walks(verbs)
+    _add_heads(verbs)
+    return parser
+
+
+def _verb(verbs, name: str, summary: str, *examples: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.epilog = "Examples:\n" + "\n".join(f"  {parser.prog} {example}".rstrip() for example in examples)
+    parser.set_defaults(verb=parser.prog.removeprefix("hf-rad "))
+    parser.add_argument("--format", choices=("human", "json"), default="human", help="how to print the outcome")
+    parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, no tables")
+    return parser
+
+
+def _add_teacher(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    where = "Hub id, folder, .gguf file, or `smollm2` for the default teacher"
+    parser.add_argument("teacher", nargs=None if required else "?", help=where)
+    parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
+
+
+def _add_steps(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "score",
+        "Score every attention head of a teacher: what does retrieval lose without it?",
+        "smollm2 --out runs/smollm2",
+        "meta-llama/Llama-3.2-1B-Instruct --out runs/llama --probe-format paper --pairs 20 --shots 0",
+    )
+    _add_teacher(parser)
+    parser.add_argument("--out", required=True, help="folder for scores.json and scores.png")
+    parser.add_argument("--probe-format", choices=("json", "paper", "lines"), default="json", help="text of the probe")
+    parser.add_argument("--pairs", type=int, default=20, help="entries of each dictionary (default: 20)")
+    parser.add_argument("--shots", type=int, default=2, help="queries answered in the prompt (default: 2)")
+    parser.add_argument("--values", choices=("numbers", "words"), default="numbers", help="what the keys map to")
+    parser.add_argument("--queries", type=int, default=10, help="questions on one dictionary, which share its cost")
+    parser.add_argument("--num-examples", type=int, default=40, help="questions asked for each head (default: 40)")
+    parser.add_argument("--min-accuracy", type=float, default=0.6, help="what the teacher must reach (default: 0.6)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--show", type=int, default=10, help="heads to print (default: 10)")
+
+    parser = _verb(
+        verbs,
+        "select",
+        "Choose the heads that stay attention and write them as a head map.",
+        "runs/smollm2/scores.json --heads 8 --out runs/smollm2/head_map.json",
+        "runs/smollm2/scores.json --fraction 0.03 --out head_map.json",
+        "runs/smollm2/scores.json --heads 8 --random --out control.json",
+    )
+    parser.add_argument("scores", help="scores.json of `hf-rad score`")
+    parser.add_argument("--out", required=True, help="head map to write")
+    budget = parser.add_mutually_exclusive_group(required=True)
+    budget.add_argument("--heads", type=int, help="number of kept heads")
+    budget.add_argument("--fraction", type=float, help="kept heads as a share of all")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--random", action="store_true", help="draw the heads at random: a control")
+    others.add_argument(
+        "--fill-groups", action="store_true", help="add useful heads of KV groups that are kept anyway"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of --random")
+
+    parser = _verb(
+        verbs,
+        "convert",
+        "Turn teacher and head map into a hybrid student, its recurrent heads fitted in closed form.",
+        "smollm2 runs/smollm2/head_map.json --out runs/smollm2/student",
+        "meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct --out student --tokens 0",
+    )
+    _add_teacher(parser)
+    parser.add_argument("head_map", help="head map file, folder with one, name of a shipped map, or Hub id")
+    parser.add_argument("--out", required=True, help="folder of the student")
+    parser.add_argument("--mixing", choices=("replace", "parallel"), default="replace", help="see the README")
+    parser.add_argument("--state-size", type=int, default=8, help="state size of a recurrent head (default: 8)")
+    parser.add_argument("--tokens", type=int, default=50_000, help="tokens of the closed-form fit; 0: no fit")
+    parser.add_argument("--text", help="text to fit on: file, folder or Hub data set (default: the excerpt)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_distill(verbs) -> None:
+    parser = verbs.add_parser(
+        "distill",
+        help="Train a student on its teacher: one stage, alignment or distillation.",
+        description="Train a student on its teacher: one stage, alignment or distillation.",
+        epilog=DISTILL_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        # Everything else belongs to TRL's parser; an abbreviation must not be taken here.
+        allow_abbrev=False,
+    )
+    parser.set_defaults(verb="distill")
+    parser.add_argument("--help-all", action="store_true", help="list every option (takes some seconds)")
+
+
+def _add_eval(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "eval",
+        "Measure a teacher and its students: retrieval, loss on text, coverage, cache bytes.",
+        "runs/smollm2/student --teacher smollm2 --out runs/smollm2/eval.json",
+        "student --teacher smollm2 --control '0 heads=control/' --num-examples 200 --out eval.json",
+        "student --teacher smollm2 --reading squad_v1.1_dev.jsonl.xz --choices arc_easy.jsonl.xz --out eval.json",
+    )
+    parser.add_argument("student", help="folder or Hub id of the student")
+    parser.add_argument("--teacher", required=True, help="Hub id, folder, .gguf file, or `smollm2`")
+    parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
+    parser.add_argument("--control", action="append", default=[], metavar="NAME=STUDENT", help="a further student")
+    parser.add_argument("--out", required=True, help="eval.json to write")
+    parser.add_argument("--num-examples", type=int, default=100, help="questions of each task (default: 100)")
+    parser.add_argument(
+        "--reading", action="append", default=[], metavar="FILE", help="questions on texts, JSON Lines"
+    )
+    parser.add_argument("--choices", action="append", default=[], metavar="FILE", help="multiple choice, JSON Lines")
+    parser.add_argument("--text", help="text to measure the loss on: file, folder or Hub data set")
+    parser.add_argument("--text-tokens", type=int, default=32_768, help="tokens of it; 0: no loss on text")
+    parser.add_argument("--batch-size", type=int, default=25, help="prompts generated for at once (default: 25)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--floor", type=float, default=0.2, help="teacher's score below which a task is left out")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_publish(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "publish",
+        "Stage a student with code, card and head map, and push it in one commit.",
+        "runs/demo/distillation --eval runs/demo/eval.json --out runs/demo/published",
+        "runs/demo/distillation --eval runs/demo/eval.json --repo-id me/smollm2-135m-rad8 --private",
+    )
+    parser.add_argument("student", help="folder of the student")
+    parser.add_argument("--eval", help="eval.json for the card")
+    parser.add_argument("--out", help="folder to stage in (default: beside the student, `published`)")
+    parser.add_argument("--teacher", help="folder or Hub id of the teacher, to look up its licence")
+    parser.add_argument("--license", help="licence of the teacher's weights, where it cannot be looked up")
+    parser.add_argument("--repo-id", help="Hub repository to push to; without it the staged folder is all")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--tag", help="tag of the commit (default: the next of v1, v2, ...)")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--commit-message", help="message of the commit")
+    parser.add_argument("--token", help="access token (default: the one of `hf auth login`)")
+    parser.add_argument("--prompt", default="My name is", help="what the reloaded student continues")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+
+
+def _add_walks(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "run",
+        "Walk all the way of a recipe, skipping what is there and still matches.",
+        "--config recipes/demo.yaml",
+        "--config recipe.yaml --dry-run",
+    )
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="YAML file, see recipes/")
+    parser.add_argument("--out", help="folder of the run, instead of the recipe's")
+    _add_walk_options(parser)
+
+    parser = _verb(
+        verbs,
+        "demo",
+        "SmolLM2-135M-Instruct to a published hybrid in one go, with a student of 0 heads for comparison.",
+        "",
+        "--controls --out runs/demo",
+        "--heads 5 --text my_corpus.jsonl --out runs/demo5",
+    )
+    parser.add_argument("--controls", action="store_true", help="add a student with as many random heads")
+    parser.add_argument("--heads", type=int, help="number of kept heads (default: the recipe's 8)")
+    parser.add_argument("--text", help="text to train on: file, folder or Hub data set (default: the excerpt)")
+    parser.add_argument("--out", help="folder of the run (default: runs/demo)")
+    _add_walk_options(parser)
+
+
+def _add_walk_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    parser.add_argument("--fresh", action="store_true", help="do every step anew, whatever is there")
+
+
+def _add_heads(verbs) -> None:
+    heads = verbs.add_parser("heads", help="Look at head maps.", description="Look at head maps.")
+    parser = _verb(
+        heads.add_subparsers(title="verbs", metavar="VERB", required=True),
+        "show",
+        "Show which heads a head map keeps and where it comes from.",
+        "runs/demo/head_map.json",
+        "meta-llama/Llama-3.2-1B-Instruct",
+    )
+    parser.add_argument("head_map", help="head map file, folder with one, name of a shipped map, or Hub id")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""
+Trains one stage of a student from the command line, in the manner of TRL's scripts: `hf-rad distill`.
+
+    hf-rad distill --model_name_or_path student --teacher_model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct \
+        --stage alignment --text corpus.jsonl --num_tokens 100000 --max_length 512 \
+        --per_device_train_batch_size 8 --output_dir runs/mine/alignment
+
+    accelerate launch -m trainers.distill --config recipes/distill.yaml
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import AutoTokenizer
+from trl import TrlParser
+
+from trainers.actions import record_training
+from trainers.distill_config import RadDistillationConfig
+from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
+from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
+
+
+@dataclass
+class DistillArguments:
+    """
+    What a stage starts from and learns on; the rest is [`~trainers.distill_config.RadDistillationConfig`].
+
+    Args:
+        model_name_or_path (`str`):
+            Folder or Hub id of the student.
+        text (`str`, *optional*):
+            Text to train on: a .jsonl or .txt file, a folder of them, or a Hub data set.
+        num_tokens (`int`, *optional*, defaults to `1_000_000`):
+            Tokens of the packed data. How many steps are taken is for `max_steps` or `num_train_epochs` to say.
+        probe_formats (`list[str]`, *optional*):
+            Formats of key-value retrieval to mix in: `json`, `paper`, `lines`.
+        probe_share (`float`, *optional*, defaults to `0.25`):
+            Share of the tokens that comes from them.
+
+    `--resume_from_checkpoint last` goes on from the newest whole checkpoint of `output_dir`, if there is one.
+    """
+
+    model_name_or_path: str = field(metadata={"help": "Folder or Hub id of the student."})
+    text: str | None = field(
+        default=None, metadata={"help": "Text to train on: file, folder or Hub data set. Default: the excerpt."}
+    )
+    num_tokens: int = field(default=1_000_000, metadata={"help": "Tokens of the packed data."})
+    probe_formats: list[str] | None = field(
+        default=None, metadata={"help": "Formats of key-value retrieval to mix in: json, paper, lines."}
+    )
+    probe_share: float = field(default=0.25, metadata={"help": "Share of the tokens that comes from probes."})
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """
+    Trains and saves.
+
+    Args:
+        arguments (`list[str]`, *optional*):
+            Words of the command line; by default those of the process.
+
+    Returns:
+        `Path`: folder of the trained student.
+    """
+    parser = TrlParser((DistillArguments, RadDistillationConfig), prog="hf-rad distill")
+    script_args, training_args = parser.parse_args_and_config(arguments)
+    teacher = training_args.teacher_model_name_or_path
+    if teacher is None:
+        raise ValueError("There is no teacher: name it with --teacher_model_name_or_path.")
+    source, folder = script_args.model_name_or_path, Path(training_args.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    probes = [{"name": "kv", "format": probe_format} for probe_format in script_args.probe_formats or []]
+    rows = mixture_rows(
+        tokenizer,
+        text_and_held_out(script_args.text)[0],
+        probes,
+        script_args.probe_share,
+        training_args.max_length,
+        script_args.num_tokens,
+        training_args.seed,
+        not training_args.disable_tqdm,
+    )
+    trainer = RadDistillationTrainer(source, resolve_teacher(teacher), training_args, rows, processing_class=tokenizer)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        record_training(source, folder, training_args.stage, trainer.state.num_input_tokens_seen, probes)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return folder
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

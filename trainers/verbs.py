@@ -1,0 +1,274 @@
+"""
+The verbs of `hf-rad`: each turns the words of a command line into one call of [`trainers.actions`] or
+[`trainers.pipeline`] and shows what came out. What a verb needs is imported when it runs.
+"""
+
+import argparse
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+def score(args: argparse.Namespace) -> None:
+    """Scores a teacher's heads."""
+    from trainers import actions
+
+    probe = {
+        "name": "kv",
+        "format": args.probe_format,
+        "pairs": args.pairs,
+        "shots": args.shots,
+        "values": args.values,
+        "queries": args.queries,
+    }
+    settings = {
+        "probe": probe,
+        "num_examples": args.num_examples,
+        "min_accuracy": args.min_accuracy,
+        "dtype": args.dtype,
+    }
+    scores = actions.score(_workshop(args, score=settings), Path(args.out))
+    actions.draw(scores, None, Path(args.out) / "scores.png")
+    rows = [
+        {
+            "layer": layer,
+            "head": head,
+            "accuracy drop": scores.accuracy_drop[layer][head],
+            "log-probability drop": scores.logprob_drop[layer][head],
+        }
+        for layer, head in scores.ranking()[: args.show]
+    ]
+    files = {"scores": f"{args.out}/scores.json", "heat_map": f"{args.out}/scores.png"}
+    _show(args, {**files, "accuracy": scores.base_accuracy}, f"The {len(rows)} heads that cost most", rows)
+
+
+def select(args: argparse.Namespace) -> None:
+    """Chooses the kept heads."""
+    from trainers.actions import draw
+    from trainers.head_scoring import HeadScores
+    from trainers.selection import random_heads, top_k
+
+    scores = HeadScores.load(args.scores)
+    if args.random:
+        head_map = random_heads(scores.teacher, args.heads, args.fraction, args.seed)
+    else:
+        head_map = top_k(scores, heads=args.heads, fraction=args.fraction, fill_groups=args.fill_groups)
+    head_map.save(args.out)
+    picture = Path(args.out).with_suffix(".png")
+    draw(scores, head_map, picture)
+    _show(args, {"head_map": args.out, "heat_map": str(picture)}, *_kept(head_map))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Makes a student."""
+    from trainers.actions import convert_student
+
+    workshop = _workshop(
+        args,
+        convert={"mixing": args.mixing, "state_size": args.state_size},
+        calibrate={"tokens": args.tokens},
+        data={"text": args.text},
+    )
+    summary = convert_student(workshop, Path(args.head_map), Path(args.out))
+    _show(args, {"student": args.out, **summary.facts}, "Conversion", summary.rows)
+
+
+def distill(args: argparse.Namespace) -> None:
+    """Trains one stage."""
+    from trainers.distill import main
+
+    folder = main(["--help"] if args.help_all else args.rest)
+    Console().print(f"[green]✓ Done[/green] {folder}", highlight=False)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures a teacher and its students."""
+    from trainers import actions
+    from trainers.evaluation import comparison_table, make_report
+    from trainers.files import write_json
+
+    settings = {
+        "tasks": _tasks(args),
+        "text_tokens": args.text_tokens,
+        "batch_size": args.batch_size,
+        "dtype": args.dtype,
+    }
+    workshop = _workshop(args, eval=settings, data={"text": args.text})
+    controls = {}
+    for control in args.control:
+        name, equals, folder = control.partition("=")
+        if not equals or not name or not folder:
+            raise ValueError(f"--control is {control!r}; write NAME=FOLDER, such as '0 heads=control/'.")
+        controls[name] = folder
+    suite = actions.suite(workshop.recipe.eval.tasks, actions.trained_probes(args.student))
+    report = make_report(
+        workshop.teacher_name,
+        actions.measure_teacher(workshop, suite),
+        actions.measure_student(workshop, args.student, suite),
+        {name: actions.measure_student(workshop, folder, suite) for name, folder in controls.items()},
+        args.floor,
+        args.seed,
+        _command(args),
+        suite,
+    )
+    write_json(args.out, report)
+    if args.format == "json":
+        print(json.dumps(report, indent=1))
+    elif not args.quiet:
+        Console().print(comparison_table(report, f"{workshop.teacher_name} and its student"))
+        _done({"report": args.out})
+
+
+def publish(args: argparse.Namespace) -> None:
+    """Stages and pushes a student."""
+    from trainers.publish import changes_table
+    from trainers.publish import publish as push
+    from trainers.staging import stage
+
+    folder = stage(
+        args.student,
+        args.out or Path(args.student).parent / "published",
+        report=args.eval,
+        teacher=args.teacher,
+        license=args.license,
+    )
+    publication = push(
+        folder,
+        args.repo_id,
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        tag=args.tag,
+        commit_message=args.commit_message,
+        token=args.token,
+        dry_run=args.dry_run,
+        prompt=args.prompt,
+    )
+    facts = {"folder": str(folder), "url": publication.url, "commit": publication.commit, "tag": publication.tag}
+    facts["pull_request"] = publication.pull_request
+    if publication.reload is not None:
+        facts["max_logit_difference"] = publication.reload.max_difference
+        facts["generated"] = publication.reload.text
+    if args.format == "human" and not args.quiet:
+        Console().print(changes_table(publication))
+    _show(args, {name: value for name, value in facts.items() if value is not None})
+
+
+def run(args: argparse.Namespace) -> None:
+    """Walks a recipe."""
+    from trainers.recipe import Recipe
+
+    recipe = Recipe.load(args.config).to_dict()
+    _walk(args, {**recipe, "out": args.out or recipe["out"]})
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Walks the recipe of the demo."""
+    from trainers.recipe import Recipe, shipped_recipe
+
+    recipe = Recipe.load(shipped_recipe("demo")).to_dict()
+    if args.heads is not None:
+        recipe["select"] = {"heads": args.heads}
+    if args.text is not None:
+        recipe["data"]["text"] = args.text
+    if args.controls:
+        recipe["students"] = ["found", "none", "random"]
+    _walk(args, {**recipe, "out": args.out or recipe["out"]})
+
+
+def show_heads(args: argparse.Namespace) -> None:
+    """Shows a head map."""
+    from trainers.head_map import HeadMap
+
+    head_map = HeadMap.load(args.head_map)
+    facts = {"teacher": head_map.teacher.id, "layout": head_map.teacher.layout, "source": head_map.source}
+    _show(args, facts, *_kept(head_map))
+
+
+def _walk(args: argparse.Namespace, recipe: dict) -> None:
+    from trainers.pipeline import Pipeline, plan_table
+    from trainers.recipe import Recipe
+
+    quiet = args.quiet or args.format == "json"
+    pipeline = Pipeline(Recipe.from_dict(recipe), _command(args), quiet, args.fresh)
+    if args.dry_run:
+        if args.format == "json":
+            print(json.dumps(pipeline.plan(), indent=1))
+        else:
+            Console().print(plan_table(pipeline.plan(), f"Plan of {recipe['out']}"))
+        return
+    report = pipeline.run()
+    if args.format == "json":
+        print(json.dumps(report, indent=1))
+
+
+def _workshop(args: argparse.Namespace, **settings):
+    from trainers.recipe import Recipe
+    from trainers.workshop import Workshop
+
+    recipe = {"teacher": args.teacher, "teacher_revision": args.revision, "seed": args.seed, **settings}
+    return Workshop(Recipe.from_dict(recipe), progress=not args.quiet and args.format == "human")
+
+
+def _tasks(args: argparse.Namespace) -> list[dict]:
+    from trainers.recipe import EvalSettings
+
+    tasks = [{**task, "num_examples": args.num_examples} for task in EvalSettings().tasks]
+    tasks += [{"reading": path, "num_examples": args.num_examples} for path in args.reading]
+    return tasks + [{"choices": path, "num_examples": args.num_examples} for path in args.choices]
+
+
+def _kept(head_map) -> tuple[str, list[dict]]:
+    shape = head_map.teacher
+    groups = shape.num_hidden_layers * shape.num_key_value_heads
+    title = f"{head_map.num_kept} of {shape.num_heads} heads, {len(head_map.kv_groups)} of {groups} KV groups"
+    kept = enumerate(head_map.kept_heads)
+    return title, [{"layer": layer, "kept query heads": heads} for layer, heads in kept if heads]
+
+
+def _show(args: argparse.Namespace, facts: dict, title: str = "", rows: list[dict] | None = None) -> None:
+    """Prints facts, and rows as a table; as JSON both in one object."""
+    if args.format == "json":
+        print(json.dumps({**facts, **({"rows": rows} if rows is not None else {})}, indent=1))
+        return
+    if rows and not args.quiet:
+        table = Table()
+        for name in rows[0]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            table.add_row(*(_cell(value) for value in row.values()))
+        Console().print(f"[bold]{title}[/bold]", table, sep="\n", highlight=False)
+    _done(facts)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _done(facts: dict) -> None:
+    console = Console()
+    console.print("[green]✓ Done[/green]")
+    for name, value in facts.items():
+        console.print(f"{name.replace('_', ' ')}: {value}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _command(args: argparse.Namespace) -> str:
+    return shlex.join(["hf-rad", *args.words])
+
+
+VERBS = {
+    "score": score,
+    "select": select,
+    "convert": convert,
+    "distill": distill,
+    "eval": evaluate,
+    "publish": publish,
+    "run": run,
+    "demo": demo,
+    "heads show": show_heads,
+}

@@ -1,0 +1,244 @@
+"""
+What the steps of a run share, each made once and only when a step asks for it: the teacher, its tokenizer, the
+documents, the packed rows, and what the teacher said about them.
+
+The students of one run are trained on the same rows in the same order, so in the distillation stage the teacher's
+hidden states need computing for the first student only; [`RememberingBody`] keeps them for the others.
+"""
+
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trainers.data import ProbeDocuments, Source, held_out, packed_dataset, text_documents
+from trainers.head_map import TeacherShape
+from trainers.precision import fast_dtype
+from trainers.probes import probe_from_settings
+from trainers.recipe import Recipe
+from trainers.teachers import load_teacher, teacher_identity
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_TEACHER = "smollm2"
+DEFAULT_TEACHER_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+# Bytes of hidden states that may be kept for the next student.
+MAX_REMEMBERED = 2**31
+EXCERPT = ROOT / "examples" / "text"
+
+
+def resolve_teacher(name: str) -> str:
+    """
+    Turns the name `smollm2` into a folder with the default teacher, fetched where it is not there yet; leaves any
+    other name alone. Where hf-rad runs without its repository's `examples/`, the default teacher is its Hub id.
+    """
+    if name != DEFAULT_TEACHER:
+        return name
+    script = ROOT / "examples" / "smollm2" / "fetch.py"
+    if not script.is_file():
+        return DEFAULT_TEACHER_ID
+    spec = importlib.util.spec_from_file_location("examples.smollm2.fetch", script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.fetch())
+
+
+def text_and_held_out(text: str | None, held_out_text: str | None = None) -> tuple[list[str], list[str]]:
+    """
+    Reads the text to train on and the text to measure the loss on.
+
+    Args:
+        text (`str`, *optional*):
+            A .jsonl or .txt file (also compressed), a folder of them, or a Hub data set; by default the excerpt that
+            comes with the repository.
+        held_out_text (`str`, *optional*):
+            The same for held-out text; by default that of the excerpt, or one document in twenty of `text`.
+
+    Returns:
+        `tuple[list[str], list[str]]`: training documents and held-out documents.
+    """
+    if text is not None and held_out_text is None:
+        return held_out(text_documents(text))
+    if not EXCERPT.is_dir() and (text is None or held_out_text is None):
+        raise FileNotFoundError(
+            "The text excerpt is part of the repository, and hf-rad is installed without it. Name a text: a .jsonl or "
+            ".txt file, a folder of them, or a Hub data set."
+        )
+    sources = text or EXCERPT / "train.jsonl.xz", held_out_text or EXCERPT / "held_out.jsonl.xz"
+    train, held = (text_documents(str(source)) for source in sources)
+    return train, held
+
+
+class Workshop:
+    """
+    Shared resources of one run.
+
+    Args:
+        recipe ([`~trainers.recipe.Recipe`]):
+            The run.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show progress bars.
+    """
+
+    def __init__(self, recipe: Recipe, progress: bool = True):
+        self.recipe, self.progress = recipe, progress
+        self._teachers: dict[torch.dtype, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
+        self._remembering: RememberingBody | None = None
+
+    @functools.cached_property
+    def teacher_path(self) -> str:
+        return resolve_teacher(self.recipe.teacher)
+
+    def teacher_in(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The teacher in a type, loaded once for each."""
+        if dtype not in self._teachers:
+            options = {"dtype": dtype, "device": default_device()}
+            self._teachers[dtype] = load_teacher(self.teacher_path, self.recipe.teacher_revision, **options)
+        return self._teachers[dtype][0]
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The teacher in float32."""
+        return self.teacher_in(torch.float32)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The teacher's tokenizer."""
+        self.teacher_in(torch.float32)
+        return self._teachers[torch.float32][1]
+
+    @contextlib.contextmanager
+    def stage_teacher(self, stage: str, num_tokens: int) -> Iterator[PreTrainedModel]:
+        """
+        Lends the teacher to a training stage, in the type that matrix products are quickest in here. In the
+        distillation stage of a run with several students it remembers what it said, where that fits into memory.
+        """
+        teacher = self.teacher_in(fast_dtype(default_device()))
+        size = num_tokens * teacher.config.hidden_size * teacher.dtype.itemsize
+        if stage != "distillation" or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
+            yield teacher
+            return
+        body = self._remembering = self._remembering or RememberingBody(teacher.model)
+        teacher.model = body
+        try:
+            yield teacher
+        finally:
+            teacher.model = body.body
+
+    @property
+    def teacher_name(self) -> str:
+        """The name under which artefacts speak of the teacher."""
+        return teacher_identity(self.teacher_path)
+
+    @property
+    def shape(self) -> TeacherShape:
+        """Name and head layout of the teacher."""
+        return TeacherShape.from_config(self.teacher.config, self.teacher_name, self.recipe.teacher_revision)
+
+    @functools.cached_property
+    def _documents(self) -> tuple[list[str], list[str]]:
+        return text_and_held_out(self.recipe.data.text, self.recipe.data.held_out_text)
+
+    def rows(self, num_tokens: int, purpose: str) -> Dataset:
+        """
+        Packs text and probe documents in the recipe's shares into rows.
+
+        Args:
+            num_tokens (`int`):
+                Least number of tokens.
+            purpose (`str`):
+                Name of the step the rows are for: each has draws of its own, whatever the order of the steps.
+        """
+        data = self.recipe.data
+        seed = int.from_bytes(hashlib.sha256(f"{purpose} {self.recipe.seed}".encode()).digest()[:4], "big")
+        return mixture_rows(
+            self.tokenizer,
+            self._documents[0],
+            data.probes,
+            data.probe_share,
+            data.length,
+            num_tokens,
+            seed,
+            self.progress,
+        )
+
+    def held_out_rows(self, num_tokens: int) -> Dataset:
+        """Packs text that no student is trained on."""
+        sources = [Source(self._documents[1], 1.0, name="held-out text")]
+        return packed_dataset(self.tokenizer, sources, self.recipe.data.length, num_tokens, 0, False)
+
+
+def mixture_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: list[str],
+    probes: list[dict],
+    probe_share: float,
+    length: int,
+    num_tokens: int,
+    seed: int,
+    progress: bool = True,
+) -> Dataset:
+    """
+    Packs text and the documents of probes into rows.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            The teacher's tokenizer.
+        documents (`list[str]`):
+            Text.
+        probes (`list[dict]`):
+            Settings of the probes, which get equal shares.
+        probe_share (`float`):
+            Share of the tokens that comes from them.
+        length (`int`):
+            Tokens of a row.
+        num_tokens (`int`):
+            Least number of tokens.
+        seed (`int`):
+            Seed of the order of the documents and of the probes' draws.
+        progress (`bool`, *optional*, defaults to `True`):
+            Whether to show a progress bar.
+    """
+    probe_share = probe_share if probes else 0.0
+    sources = [Source(random.Random(seed).sample(documents, len(documents)), 1 - probe_share)]
+    for settings in probes if probe_share else []:
+        probe = probe_from_settings(settings)
+        sources.append(Source(ProbeDocuments(probe, seed), probe_share / len(probes), whole=True, name=probe.name))
+    return packed_dataset(tokenizer, sources, length, num_tokens, seed, progress)
+
+
+class RememberingBody(nn.Module):
+    """
+    Stands in for the body of a frozen teacher and keeps what it gave for every batch, so that a second student that
+    sees the same batches costs no second teacher pass.
+
+    Args:
+        body (`torch.nn.Module`):
+            The teacher's `model`.
+    """
+
+    def __init__(self, body: nn.Module):
+        super().__init__()
+        self.body, self.kept = body, {}
+
+    def forward(self, **inputs):
+        digest = hashlib.sha256()
+        for name, value in sorted(inputs.items()):
+            digest.update(name.encode() + (value.cpu().numpy().tobytes() if torch.is_tensor(value) else b""))
+        key = digest.digest()
+        if key not in self.kept:
+            self.kept[key] = self.body(**inputs)
+        return self.kept[key]
+
+
+def default_device() -> torch.device:
+    """The accelerator of this machine, or its CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
