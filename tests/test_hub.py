@@ -22,7 +22,8 @@ from student import make_head_map, make_student, stage_student
 import trainers.publish
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.publish import Upload, changes_table, naming_hub_errors, publish
+from trainers.hub_upload import Upload, naming_hub_errors
+from trainers.publish import changes_table, publish
 from trainers.reload import reload_check
 from trainers.staging import stage
 
@@ -301,13 +302,14 @@ def test_tags_are_not_moved(hub, staged, staged_shards, repo_id, requests):
 
 
 def test_a_commit_that_came_in_between_is_not_overwritten(hub, staged, repo_id):
-    upload = Upload(HfApi(), staged, repo_id, "main", False)
-    upload.look(None)
+    upload = Upload(HfApi(), staged, repo_id)
+    upload.look()
     HfApi().create_repo(repo_id)
-    upload.look(None)
+    upload.look()
+    upload.compare()
     HfApi().upload_file(path_or_fileobj=b"x", path_in_repo="notes.txt", repo_id=repo_id)
     with pytest.raises(OSError, match="somebody committed to it in the meantime"), naming_hub_errors(repo_id):
-        upload.send(None, None)
+        upload.send(None, "Too late")
     assert set(hub.repo(repo_id).branches["main"].files) == {".gitattributes", "notes.txt"}
 
 

@@ -1,5 +1,6 @@
 """A staged folder is complete, tells nothing of its maker's machine, and loads where our packages are missing."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file, save_file
 from student import make_head_map, make_report, make_student, stage_student
 
@@ -70,6 +72,38 @@ def test_folder_of_a_student_is_staged_as_it_is(staged, tmp_path, tiny_llama, ti
     loaded = RadHybridForCausalLM.from_pretrained(out)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_tuned_student_is_staged_with_its_provenance(staged, tmp_path, tiny_tokenizer):
+    """What a stranger saves has no rad/ folder; its config.json still says where the kept heads come from."""
+    tuned = tmp_path / "tuned"
+    model = RadHybridForCausalLM.from_pretrained(staged)
+    model.save_pretrained(tuned)
+    tiny_tokenizer.save_pretrained(tuned)
+    out = stage(tuned, tmp_path / "again", license="apache-2.0")
+    verify(out)
+    again, first = HeadMap.load(out), HeadMap.load(staged)
+    assert again == dataclasses.replace(first, ranking=[])
+
+
+def test_public_benchmarks_become_eval_results(tmp_path, tiny_llama, tiny_tokenizer):
+    report = make_report()
+    benchmark = {"dataset_id": "allenai/ai2_arc", "task_id": "ARC-Easy", "revision": "0123abc"}
+    report["student"]["results"]["arc-easy"] = {"score": 0.41, "metric": "accuracy", "examples": 200}
+    report["student"]["results"]["arc-easy"]["benchmark"] = benchmark
+    out = stage_student(tmp_path / "published", tiny_llama, tiny_tokenizer, report=report)
+    verify(out)
+    entries = parse_eval_result_entries(yaml.safe_load((out / ".eval_results" / "hf-rad.yaml").read_text()))
+    assert entries == [
+        EvalResultEntry(
+            dataset_id="allenai/ai2_arc",
+            task_id="ARC-Easy",
+            value=0.41,
+            dataset_revision="0123abc",
+            date="2026-01-02",
+            notes="accuracy, 200 examples, hf-rad",
+        )
+    ]
 
 
 def test_staging_again_replaces_the_folder(staged, tiny_llama, tiny_tokenizer):
@@ -238,7 +272,8 @@ BROKEN = [
     (MAP, edit(lambda c: c["kept_heads"][0].append(3)), "keeps other heads"),
     (MAP, edit(lambda c: c["kept_heads"][0].append("1")), "not a list of heads"),
     (MAP, edit(lambda c: c["ranking"].append([0, -1])), "not a .layer, head. pair"),
-    (MAP, edit(lambda c: c["teacher"].update(id="acme/other")), "base_model of README.md is 'acme/teacher'"),
+    (MAP, edit(lambda c: c["teacher"].update(id="acme/other")), "tells of another map"),
+    (CONFIG, edit(lambda c: c["head_map"].update(source="thin air")), "tells of another map"),
     ("rad/scores.json", text("0.8", "0.9"), "its digest differs"),
     # Code.
     ("ssd.py", Path.unlink, "code file ssd.py is missing"),

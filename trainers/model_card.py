@@ -241,6 +241,30 @@ def measurement_lines(report: dict) -> list[str]:
     ]
 
 
+def eval_results(report: dict) -> list[dict]:
+    """
+    Entries of `.eval_results/*.yaml`, by which the Hub puts a model on a benchmark's own page
+    (https://huggingface.co/docs/hub/eval-results).
+
+    Only tasks that name a public benchmark have one: `benchmark` in the result, `{"dataset_id", "task_id"}` and, where
+    known, `revision`. Probes of our own have no data set on the Hub; the card's table is theirs.
+    """
+    entries = []
+    for result in report.get("student", {}).get("results", {}).values():
+        benchmark = result.get("benchmark")
+        if not benchmark or result.get("score") is None:
+            continue
+        dataset = {"id": benchmark["dataset_id"], "task_id": benchmark["task_id"]}
+        if benchmark.get("revision"):
+            dataset["revision"] = benchmark["revision"]
+        entry = {"dataset": dataset, "value": result["score"]}
+        if report.get("date"):
+            entry["date"] = report["date"]
+        notes = f"{result.get('metric', 'metric not named')}, {_count(result)} examples, hf-rad"
+        entries.append({**entry, "notes": notes})
+    return entries
+
+
 def memory_rows(config: RadHybridConfig) -> list[list[str]]:
     """Cache of teacher and student at lengths that the model can take."""
     lengths = [tokens for tokens in MEMORY_TOKENS if tokens <= config.max_position_embeddings]

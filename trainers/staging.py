@@ -6,12 +6,17 @@ Staging: a student becomes a folder that is a Hub repository, complete and with 
     model*.safetensors  generation_config.json    weights as the student was saved
     tokenizer files, chat template
     rad/head_map.json  rad/scores.json  rad/heads.png  rad/eval.json
+    .eval_results/hf-rad.yaml                     results on public benchmarks, if there are any
+
+config.json also says where the kept heads come from (`head_map`), so that whoever fine-tunes the student and saves it
+carries that on; a folder saved by such a run can be staged again.
 
 The folder is built under a temporary name and moved into place when it is whole.
 
     stage("runs/demo/distillation", "runs/demo/published", report="runs/demo/eval.json", teacher="smollm2-folder")
 """
 
+import copy
 import importlib.metadata
 import os
 import re
@@ -19,6 +24,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -29,7 +35,7 @@ from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
 from trainers.head_scoring import HeadScores
-from trainers.model_card import render_card, without_paths
+from trainers.model_card import eval_results, render_card, without_paths
 from trainers.plots import score_heat_map
 from trainers.teachers import read_provenance
 
@@ -75,7 +81,7 @@ def stage(
         report (`dict`, `str` or `os.PathLike`, *optional*):
             `eval.json` or its content. Without it the card says that nothing was measured.
         head_map ([`~trainers.head_map.HeadMap`], `str` or `os.PathLike`, *optional*):
-            Head map; by default `rad/head_map.json` of the student's folder.
+            Head map; by default `rad/head_map.json` of the student's folder, else what its config.json says of it.
         scores ([`~trainers.head_scoring.HeadScores`], `str` or `os.PathLike`, *optional*):
             Scores behind the map; by default `rad/scores.json` of the student's folder, if it is there.
         teacher (`str` or `os.PathLike`, *optional*):
@@ -110,8 +116,7 @@ def stage(
     with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as work:
         work = Path(work) / out_dir.name
         work.mkdir()
-        config = _write_model(student, folder, work)
-        _check_map(head_map, config)
+        config = _write_model(student, folder, work, head_map)
         _write_tokenizer(tokenizer, folder, work)
         for file in code_files():
             shutil.copyfile(file, work / file.name)
@@ -189,6 +194,10 @@ def _load_head_map(head_map: object, folder: Path | None) -> HeadMap:
         return head_map
     if head_map is None and folder is None:
         raise ValueError("A model that is not a folder has no head map of its own; pass `head_map`.")
+    if head_map is None and not (folder / "rad" / "head_map.json").is_file():
+        config = RadHybridConfig.from_pretrained(folder).to_dict()
+        if "head_map" in config:
+            return HeadMap.from_dict({**config["head_map"], "kept_heads": config["kept_heads"]})
     return HeadMap.load(folder / "rad" / "head_map.json" if head_map is None else head_map)
 
 
@@ -213,15 +222,17 @@ def _check_map(head_map: HeadMap, config: RadHybridConfig) -> None:
         )
 
 
-def _write_model(student: object, folder: Path | None, work: Path) -> RadHybridConfig:
+def _write_model(student: object, folder: Path | None, work: Path, head_map: HeadMap) -> RadHybridConfig:
     if folder is None:
+        _check_map(head_map, student.config)
         student.save_pretrained(work)
-        config = student.config
+        config = copy.deepcopy(student.config)
     else:
         for file in folder.iterdir():
             if WEIGHTS.fullmatch(file.name):
                 shutil.copyfile(file, work / file.name)
         config = RadHybridConfig.from_pretrained(folder)
+        _check_map(head_map, config)
         if (folder / "generation_config.json").is_file():
             GenerationConfig.from_pretrained(folder).save_pretrained(work)
         else:
@@ -229,6 +240,9 @@ def _write_model(student: object, folder: Path | None, work: Path) -> RadHybridC
     # Saving a causal language model alone would leave AutoModel out.
     config.auto_map = dict(AUTO_MAP)
     config.architectures = ["RadHybridForCausalLM"]
+    # The kept heads stand in the configuration already; a ranking of all heads would only make it long.
+    provenance, left_out = head_map.to_dict().items(), ("kept_heads", "ranking", "created_with")
+    config.head_map = {key: value for key, value in provenance if key not in left_out}
     config.save_pretrained(work)
     return config
 
@@ -252,6 +266,11 @@ def _write_rad(rad: Path, head_map: HeadMap, scores: HeadScores | None, report: 
         score_heat_map(scores.accuracy_drop, head_map.kept_heads, rad / "heads.png", title)
     if report is not None:
         write_json(rad / "eval.json", {**report, "command": without_paths(report.get("command") or "")})
+        entries = eval_results(report)
+        if entries:
+            path = rad.parent / ".eval_results" / "hf-rad.yaml"
+            path.parent.mkdir()
+            path.write_text(yaml.safe_dump(entries, sort_keys=False), encoding="utf-8")
 
 
 def _write_licence(work: Path, head_map: HeadMap, license: str, model_name: str) -> None:

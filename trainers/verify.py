@@ -168,6 +168,9 @@ def check_head_map(folder: Path, config: RadHybridConfig) -> HeadMap:
         raise ValueError(f"rad/head_map.json: {error}") from error
     if head_map.kept_heads != [list(heads) for heads in config.kept_heads]:
         raise ValueError("rad/head_map.json keeps other heads than config.json.")
+    origin = config.to_dict().get("head_map")
+    if origin is not None and any(head_map.to_dict().get(key) != value for key, value in origin.items()):
+        raise ValueError("head_map of config.json tells of another map than rad/head_map.json.")
     scores = folder / "rad" / "scores.json"
     if scores.is_file() and head_map.scores_sha256 not in (None, sha256(scores)):
         raise ValueError("rad/scores.json is not the file that rad/head_map.json was made from: its digest differs.")
