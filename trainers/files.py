@@ -54,7 +54,9 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 * 2**20) -> object:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a JSON file ({error}). Write it anew with the command that made it.") from error
+        raise ValueError(
+            f"{path} is not a JSON file ({error}). Write it anew with the command that made it."
+        ) from error
 
 
 def sha256(path: str | os.PathLike) -> str:

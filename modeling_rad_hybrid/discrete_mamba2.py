@@ -1,0 +1,137 @@
+"""
+The recurrent heads: discrete Mamba-2 with a causal convolution and a gate.
+
+    z, x, B, C, A_log = in_proj(u);  x, B, C = conv(x, B, C);  log a = -softplus(A_log)
+    h_t = a_t h_{t-1} + x_t B_t^T;   y_t = h_t C_t + D x_t;    out = out_proj(y * silu(z))
+
+Paper: https://huggingface.co/papers/2602.11374, section 3.3. The convolution starts as the identity, D as zero.
+The cache layer is transformers' own; `read_states` and `write_states` are the only places that touch it.
+
+Shape letters: B batch, T tokens, D model width, H recurrent heads, P head dim, N state, K convolution width.
+"""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .ssd import ssd, ssd_step
+
+
+class DiscreteMamba2(nn.Module):
+    """
+    The recurrent heads of one layer.
+
+    Args:
+        config ([`RadHybridConfig`]): sizes and the scan's back end.
+        layer_idx (`int`): layer in the model, for the cache.
+        num_heads (`int`): number of recurrent heads H.
+    """
+
+    def __init__(self, config, layer_idx: int, num_heads: int):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.num_heads, self.head_dim, self.state_size = num_heads, config.head_dim, config.ssm_state_size
+        self.conv_kernel, self.chunk_size, self.backend = (
+            config.ssm_conv_kernel,
+            config.ssm_chunk_size,
+            config.ssm_backend,
+        )
+        inner, state = num_heads * self.head_dim, num_heads * self.state_size
+        self.sections = [inner, inner + 2 * state, num_heads]  # z; x, B, C; A_log
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.sections), bias=True)
+        self.conv1d = nn.Conv1d(
+            self.sections[1], self.sections[1], self.conv_kernel, groups=self.sections[1], bias=False
+        )
+        self.D = nn.Parameter(torch.zeros(num_heads))
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=True)
+
+    def init_identity(self) -> None:
+        """Makes the convolution the identity and the skip D zero (tensors already loaded are left as they are)."""
+        identity = torch.zeros(self.conv1d.weight.shape)
+        identity[..., -1] = 1.0
+        init.copy_(self.conv1d.weight, identity)
+        init.zeros_(self.D)
+
+    def forward(self, hidden_states, recurrent_mask=None, past_key_values=None, seq_idx=None) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): normalised layer input `[B, T, D]`.
+            recurrent_mask (`torch.Tensor`, *optional*): `[B, T]`, 0 at padding.
+            past_key_values (`Cache`, *optional*): holds the convolution's window and the state of this layer.
+            seq_idx (`torch.Tensor`, *optional*): document of each token `[B, T]`; window and state are reset between.
+
+        Returns:
+            `torch.Tensor`: `[B, T, D]`.
+        """
+        return self.out_proj(self.features(hidden_states, recurrent_mask, past_key_values, seq_idx))
+
+    def features(self, hidden_states, recurrent_mask=None, past_key_values=None, seq_idx=None) -> torch.Tensor:
+        """What the output projection reads, `[B, T, H P]`; arguments as in `forward`."""
+        z, xBC, A_log = self.in_proj(hidden_states).split(self.sections, dim=-1)
+        log_a = -nn.functional.softplus(A_log.float())  # [B, T, H]
+        if recurrent_mask is not None:
+            real = recurrent_mask[..., None] != 0
+            # Padding neither enters nor decays the state, on whichever side it stands.
+            xBC, log_a = xBC * real, log_a * real
+        window, state = self.read_states(past_key_values)
+        convolved = self.convolve(xBC, window, seq_idx)
+        if recurrent_mask is not None:
+            convolved = convolved * real
+        x, B, C = (
+            t.unflatten(-1, (self.num_heads, -1))  # [B, T, H, P | N]
+            for t in convolved.split([self.sections[0], *[self.num_heads * self.state_size] * 2], dim=-1)
+        )
+        if x.shape[1] == 1 and state is not None:
+            y, state = ssd_step(x[:, 0], log_a[:, 0], B[:, 0], C[:, 0], state)
+            y = y[:, None]  # [B, 1, H, P]
+        else:
+            y, state = ssd(x, log_a, B, C, state, seq_idx, self.chunk_size, self.backend)
+        if past_key_values is not None:
+            self.write_states(past_key_values, xBC, state, recurrent_mask)
+        y = y + self.D[:, None].to(y.dtype) * x
+        return y.flatten(2) * nn.functional.silu(z)  # [B, T, H P]
+
+    def convolve(self, xBC, window=None, seq_idx=None) -> torch.Tensor:
+        """
+        Causal depthwise convolution of `[B, T, channels]`, the window `[B, channels, K]` of earlier tokens before it.
+
+        A sum of K shifted products: on short kernels it is as quick as a convolution call, keeps the layout and lets a
+        document's start mask single taps.
+        """
+        kernel = self.conv1d.weight[:, 0].to(xBC.dtype)  # [channels, K]
+        past = self.conv_kernel - 1
+        tokens = xBC.shape[1]
+        if window is None:
+            padded = nn.functional.pad(xBC, (0, 0, past, 0))
+        else:
+            padded = torch.cat([window.transpose(1, 2)[:, self.conv_kernel - past :].to(xBC.dtype), xBC], dim=1)
+        if seq_idx is not None:
+            seq_idx = nn.functional.pad(seq_idx, (past, 0), value=-1)
+        out = xBC * kernel[:, past]
+        for back in range(1, self.conv_kernel):
+            tap = padded[:, past - back : past - back + tokens] * kernel[:, past - back]
+            if seq_idx is not None:
+                tap = tap * (seq_idx[:, past - back : past - back + tokens] == seq_idx[:, past:])[..., None]
+            out = out + tap
+        return out
+
+    def read_states(self, past_key_values) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The cached window `[B, channels, K]` and state `[B, H, P, N]`, or `None`s before the first token."""
+        if past_key_values is None or not past_key_values.has_previous_state(self.layer_idx):
+            return None, None
+        layer = past_key_values.layers[self.layer_idx]
+        return layer.conv_states[0], layer.recurrent_states[0]
+
+    def write_states(self, past_key_values, xBC, state, recurrent_mask) -> None:
+        """Hands the new window and state to the cache layer; right padding is left out of the window."""
+        columns = xBC.transpose(1, 2)  # [B, channels, T]
+        full = past_key_values.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.conv_kernel)
+        past_key_values.update_recurrent_state(state, self.layer_idx)
+        if recurrent_mask is not None:
+            # The stock cache keeps the last K columns; with right padding those are not the last K tokens of a row.
+            full = nn.functional.pad(full, (self.conv_kernel, 0))
+            trailing = recurrent_mask.flip(1).bool().int().argmax(1)  # [B] padding after the last token
+            trailing = torch.where(recurrent_mask.any(1), trailing, recurrent_mask.shape[1])
+            last = torch.arange(full.shape[2] - self.conv_kernel, full.shape[2], device=full.device)
+            index = (last[None] - trailing[:, None])[:, None].expand(-1, full.shape[1], -1)
+            past_key_values.layers[self.layer_idx].conv_states[0].copy_(full.gather(2, index))
