@@ -12,6 +12,7 @@ from hub_server import HubServer
 
 
 HUB = HubServer().start()
+atexit.register(HUB.stop)
 HF_HOME = tempfile.mkdtemp(prefix="hf-rad-tests-")
 atexit.register(shutil.rmtree, HF_HOME, ignore_errors=True)
 

@@ -27,7 +27,7 @@ FLOORS = [
     | {"head_map", "probes", "losses", "distill_config", "plots"},
     {"ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
     {"memory", "conversion", "calibration", "data", "evaluation", "distill_trainer"}
-    | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish"},
+    | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},
     {"cli"},
 ]
