@@ -169,6 +169,7 @@ def test_a_row_draws_the_same_positions_in_any_batch_and_others_at_another_step(
     assert seeds == [row_seeds(row[None], 7)[0] for row in tokens]
     assert len({*seeds, *row_seeds(tokens, 8)}) == 8
     assert row_seeds(tokens.flip(1), 7) != seeds
+    assert row_seeds(nn.functional.pad(tokens, (0, 9), value=-100), 7) == seeds
     counted = torch.ones(4, 64, dtype=torch.bool)
     rows, columns, _ = sample_positions(counted, 5, seeds)
     for row in range(4):

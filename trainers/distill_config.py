@@ -67,7 +67,8 @@ class RadDistillationConfig(SFTConfig):
             Learning rate of the recurrent heads and of the adapters beside kept heads. By default `1e-3` in the
             alignment stage, where nothing else trains, and `learning_rate` in the distillation stage.
         decay_ratio (`float`, *optional*, defaults to `0.2`):
-            Share of the steps in which the rate decays, for `lr_scheduler_type="warmup_stable_decay"`.
+            Share of the steps in which the rate decays, for `lr_scheduler_type="warmup_stable_decay"`. Rates start and end
+            at a tenth, unless `lr_scheduler_kwargs` says otherwise.
 
     > [!NOTE] > These parameters have default values different from [`~trl.SFTConfig`]: > - `learning_rate`: Defaults
     to `3e-5` instead of `2e-5`. > - `lr_scheduler_type`: Defaults to `"warmup_stable_decay"` instead of `"linear"`. >

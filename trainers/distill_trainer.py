@@ -278,8 +278,10 @@ class RadDistillationTrainer(SFTTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """As the parent's; `decay_ratio` becomes the number of decay steps that warmup-stable-decay asks for."""
         kwargs = dict(self.args.lr_scheduler_kwargs or {})
-        if self.args.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in kwargs:
-            kwargs["num_decay_steps"] = math.ceil(self.args.decay_ratio * num_training_steps)
+        if self.args.lr_scheduler_type == "warmup_stable_decay":
+            kwargs.setdefault("num_decay_steps", math.ceil(self.args.decay_ratio * num_training_steps))
+            # transformers' default of 0 would waste the first step, of which a short run has few.
+            kwargs.setdefault("min_lr_ratio", 0.1)
             self.args.lr_scheduler_kwargs = kwargs
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -341,7 +343,7 @@ class RadDistillationTrainer(SFTTrainer):
         """Sum over the drawn positions of the divergence from the teacher."""
         student = self._student_causal_lm(student)
         teacher, body_inputs = self._teacher(), _body_inputs(inputs)
-        seeds = row_seeds(inputs["input_ids"], self.args.seed + self.state.global_step)
+        seeds = row_seeds(inputs["labels"], self.args.seed + self.state.global_step)
         rows, columns, weights = sample_positions(counted, self.args.kl_positions, seeds)
         with self.accelerator.autocast():
             with torch.no_grad():

@@ -245,9 +245,13 @@ def sample_positions(
     return tuple(torch.cat(parts).to(counted.device) for parts in (rows, columns, weights))
 
 
-def row_seeds(input_ids: torch.Tensor, seed: int) -> list[int]:
-    """A seed for each row of `[B, T]` token ids, from its tokens and `seed` alone: any batch split gives the same."""
-    places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+def row_seeds(labels: torch.Tensor, seed: int) -> list[int]:
+    """
+    A seed for each row, from `seed` and the row's own labels `[B, T]` alone: any batch split, with any padding (-100 at
+    the right), gives the same.
+    """
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     # Odd multipliers keep every token's share; integers wrap around alike on every device.
-    sums = (input_ids * (2 * places + 1) * 0x9E3779B1 + places * 0x85EBCA77).sum(-1)  # [B]
+    mixed = labels * (2 * places + 1) * 0x9E3779B1 + places * 0x85EBCA77
+    sums = mixed.masked_fill(labels == -100, 0).sum(-1)  # [B]
     return [(value + seed * 0x27D4EB2F) % 2**63 for value in sums.tolist()]
