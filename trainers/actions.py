@@ -17,7 +17,7 @@ import torch
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.calibration import calibrate
-from trainers.conversion import convert
+from trainers.conversion import convert, summary
 from trainers.data import token_batches
 from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
@@ -99,7 +99,7 @@ def select(workshop: Workshop, kind: str, scores: Path | None, head_map: Path) -
     return chosen
 
 
-def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Path | None = None) -> list[tuple]:
+def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Path | None = None) -> dict:
     """
     Converts the teacher, fits the recurrent heads' readout in closed form and writes the student's folder.
 
@@ -114,7 +114,8 @@ def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Pa
             `scores.json` to keep beside the head map.
 
     Returns:
-        `list[tuple]`: for each layer its residual before and after the fit; empty without a fit.
+        `dict`: `summary`, rows of (quantity, teacher, student), and `residuals`, for each layer the relative error of
+        its recurrent heads before and after the fit (`None` in a layer without any; empty without a fit).
     """
     recipe = workshop.recipe
     chosen = HeadMap.load(head_map)
@@ -125,12 +126,13 @@ def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Pa
     residuals = []
     if recipe.calibrate.tokens:
         rows = workshop.rows(recipe.calibrate.tokens, "calibration")
-        residuals = calibrate(workshop.teacher, student, token_batches(rows, CALIBRATION_ROWS))
+        batches = token_batches(rows, CALIBRATION_ROWS)
+        residuals = calibrate(workshop.teacher, student, batches, progress=workshop.progress)
     tokens = recipe.calibrate.tokens
     stages = [{"stage": "calibration", "tokens": tokens, "probes": recipe.data.probes}] if tokens else []
     training = {"tokens_trained": tokens, "stages": stages}
     save_student(student, workshop, folder, chosen, scores, training)
-    return residuals
+    return {"summary": summary(student, workshop.teacher), "residuals": residuals}
 
 
 def save_student(student, workshop: Workshop, folder: Path, head_map: HeadMap, scores: Path | None, training: dict):

@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: exit code: 0, 1 after an error told in one line, 2 for a command line that cannot be read.
     """
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--"]:
+        words = words[1:]  # `hf extensions exec rad -- ...` hands its own separator on.
     parser = make_parser()
     args, rest = parser.parse_known_args(words)
     if rest and args.verb != "distill":
@@ -150,6 +152,7 @@ def _add_steps(verbs) -> None:
     _add_teacher(parser)
     parser.add_argument("head_map", help="head map file, folder with one, name of a shipped map, or Hub id")
     parser.add_argument("--out", required=True, help="folder of the student")
+    parser.add_argument("--scores", help="scores.json behind the head map, to keep with the student")
     parser.add_argument("--mixing", choices=("replace", "parallel"), default="replace", help="see the README")
     parser.add_argument("--state-size", type=int, default=8, help="state size of a recurrent head (default: 8)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens of the closed-form fit; 0: no fit")

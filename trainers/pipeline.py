@@ -16,6 +16,7 @@ controls (no heads, random heads) that get the same data in the same order. Fold
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 from rich.console import Console
@@ -35,6 +36,8 @@ from trainers.steps import Ledger, Step, stamp
 from trainers.workshop import Workshop
 
 
+# Layers side by side in the table of residuals.
+RESIDUAL_COLUMNS = 3
 # Enough for an answer and the end of its line.
 PUBLISHED_TOKENS = 6
 LABELS = {"found": "found heads", "none": "0 heads", "random": "random heads"}
@@ -118,7 +121,7 @@ class Pipeline:
         convert = Step(
             f"{label}: convert",
             {**dataclasses.asdict(recipe.convert), **dataclasses.asdict(recipe.calibrate), **data},
-            [folder / "student"],
+            [folder / "student", folder / "conversion.json"],
             lambda resumed: self._convert(kind),
             [select],
             f"{recipe.convert.mixing}, state size {recipe.convert.state_size}, "
@@ -240,7 +243,9 @@ class Pipeline:
     def _convert(self, kind: str) -> None:
         folder = self.folder(kind)
         scores = self._scores() if kind == "found" else None
-        actions.convert_student(self.workshop, folder / "head_map.json", folder / "student", scores)
+        outcome = actions.convert_student(self.workshop, folder / "head_map.json", folder / "student", scores)
+        write_json(folder / "conversion.json", outcome)
+        self.console.print(*conversion_tables(outcome))
 
     def _train(self, kind: str, name: str, source: str, settings: StageSettings, resumed: bool) -> None:
         folder = self.folder(kind)
@@ -337,6 +342,28 @@ def kept_table(head_map: HeadMap) -> Table:
         if kept:
             table.add_row(str(layer), ", ".join(map(str, kept)))
     return table
+
+
+def conversion_tables(outcome: dict) -> list[Table]:
+    """Renders what [`~trainers.actions.convert_student`] gave: sizes, and the residuals of the fit by layer."""
+    sizes = Table("", "teacher", "student", title="Conversion", title_justify="left")
+    for row in outcome["summary"]:
+        sizes.add_row(*row)
+    if not outcome["residuals"]:
+        return [sizes]
+    title = "Recurrent heads: relative error before and after the closed-form fit"
+    fits = Table(title=title, title_justify="left")
+    for name in ("layer", "before", "after") * RESIDUAL_COLUMNS:
+        fits.add_column(name, justify="right")
+    cells = [
+        (str(layer), f"{pair[0]:.1f}", f"{pair[1]:.3f}")
+        for layer, pair in enumerate(outcome["residuals"])
+        if pair is not None
+    ]
+    height = math.ceil(len(cells) / RESIDUAL_COLUMNS)
+    for row in range(height):
+        fits.add_row(*(cell for layer in cells[row::height] for cell in layer))
+    return [sizes, fits]
 
 
 def plan_table(plan: list[dict], title: str) -> Table:

@@ -12,6 +12,7 @@ names the key.
 import dataclasses
 import difflib
 import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -286,13 +287,22 @@ class Recipe:
         if not path.is_file():
             raise FileNotFoundError(f"There is no recipe {path}.")
         try:
-            return cls.from_dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+            return cls.from_dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict:
         """Returns plain values that [`Recipe.from_dict`] reads back."""
         return dataclasses.asdict(self)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads `2e-5`, without a point, as a number, as YAML 1.2 does."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def shipped_recipe(name: str) -> Path:

@@ -65,6 +65,7 @@ def select(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Makes a student."""
     from trainers.actions import convert_student
+    from trainers.pipeline import conversion_tables
 
     workshop = _workshop(
         args,
@@ -72,8 +73,10 @@ def convert(args: argparse.Namespace) -> None:
         calibrate={"tokens": args.tokens},
         data={"text": args.text},
     )
-    summary = convert_student(workshop, Path(args.head_map), Path(args.out))
-    _show(args, {"student": args.out, **summary.facts}, "Conversion", summary.rows)
+    outcome = convert_student(workshop, Path(args.head_map), Path(args.out), args.scores and Path(args.scores))
+    if args.format == "human" and not args.quiet:
+        Console().print(*conversion_tables(outcome))
+    _show(args, {"student": args.out, **({} if args.format == "human" else outcome)})
 
 
 def distill(args: argparse.Namespace) -> None:
