@@ -88,7 +88,8 @@ class RadHybridConfig(PreTrainedConfig):
 
     def _layer_type(self, kept: list[int]) -> str:
         # A layer without attention must not be `hybrid`: the cache would take its length from an empty KV buffer.
-        if not kept:
+        # What is no list at all is left to the validation below, which says so.
+        if not isinstance(kept, (list, tuple)) or not kept:
             return "linear_attention"
         if self.mixing == "replace" and len(kept) == self.num_attention_heads:
             return "full_attention"
