@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +33,21 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def json_text(value: object) -> str:
+    """Returns `value` as indented JSON, each innermost list on one line."""
+
+    # Within strings JSON writes a line break as two characters, so only the layout's own breaks match.
+    def on_one_line(found: re.Match) -> str:
+        return "[" + re.sub(r",\n\s*", ", ", found[1]) + "]"
+
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[\n\s*([^\[\]{}]*?)\n\s*\]", on_one_line, text) + "\n"
+
+
 def write_json(path: str | os.PathLike, value: object) -> None:
-    """Writes `value` as indented JSON, atomically."""
+    """Writes `value` as [`json_text`], atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json_text(value), encoding="utf-8")
 
 
 def read_json(path: str | os.PathLike, max_bytes: int = 64 * 2**20) -> object:

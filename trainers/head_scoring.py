@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import HeadAblation, PackedExamples, attention_layers, inference, pack
-from trainers.files import atomic_path, read_json
+from trainers.files import atomic_path, json_text, read_json
 from trainers.head_map import TeacherShape
 from trainers.probes import Probe
 
@@ -101,9 +100,7 @@ class HeadScores:
     @property
     def text(self) -> str:
         """The content of `scores.json`, one line for each layer."""
-        content = {"schema_version": SCHEMA_VERSION, **asdict(self)}
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-        return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda row: f"[{' '.join(row[1].split())}]", text) + "\n"
+        return json_text({"schema_version": SCHEMA_VERSION, **asdict(self)})
 
     @property
     def sha256(self) -> str:
