@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_rad_hybrid import RadHybridConfig
-from .modeling_rad_hybrid import RadHybridForCausalLM, RadHybridModel, RadHybridPreTrainedModel
+from .modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, RadHybridModel, RadHybridPreTrainedModel
 
 
 # Saved students carry these files, so that they load where this package is not installed.
@@ -21,4 +21,4 @@ AutoConfig.register("rad_hybrid", RadHybridConfig)
 AutoModel.register(RadHybridConfig, RadHybridModel)
 AutoModelForCausalLM.register(RadHybridConfig, RadHybridForCausalLM)
 
-__all__ = ["AUTO_MAP", "RadHybridConfig", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]
+__all__ = ["AUTO_MAP", "CACHE_NAME", "RadHybridConfig", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]

@@ -39,7 +39,7 @@ class RadHybridConfig(PreTrainedConfig):
     """
 
     model_type = "rad_hybrid"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     # Token mixers are replicated: kept heads are too few and too irregular to split.
     base_model_tp_plan = {
         "layers.*.mlp.gate_proj": "colwise",

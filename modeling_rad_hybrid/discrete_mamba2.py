@@ -52,20 +52,20 @@ class DiscreteMamba2(nn.Module):
         init.copy_(self.conv1d.weight, identity)
         init.zeros_(self.D)
 
-    def forward(self, hidden_states, recurrent_mask=None, past_key_values=None, seq_idx=None) -> torch.Tensor:
+    def forward(self, hidden_states, recurrent_mask=None, cache=None, seq_idx=None) -> torch.Tensor:
         """
         Args:
             hidden_states (`torch.Tensor`): normalised layer input `[B, T, D]`.
             recurrent_mask (`torch.Tensor`, *optional*): `[B, T]`, 0 at padding.
-            past_key_values (`Cache`, *optional*): holds the convolution's window and the state of this layer.
+            cache (`Cache`, *optional*): holds the convolution's window and the state of this layer.
             seq_idx (`torch.Tensor`, *optional*): document of each token `[B, T]`; window and state are reset between.
 
         Returns:
             `torch.Tensor`: `[B, T, D]`.
         """
-        return self.out_proj(self.features(hidden_states, recurrent_mask, past_key_values, seq_idx))
+        return self.out_proj(self.features(hidden_states, recurrent_mask, cache, seq_idx))
 
-    def features(self, hidden_states, recurrent_mask=None, past_key_values=None, seq_idx=None) -> torch.Tensor:
+    def features(self, hidden_states, recurrent_mask=None, cache=None, seq_idx=None) -> torch.Tensor:
         """What the output projection reads, `[B, T, H P]`; arguments as in `forward`."""
         z, xBC, A_log = self.in_proj(hidden_states).split(self.sections, dim=-1)
         log_a = -nn.functional.softplus(A_log.float())  # [B, T, H]
@@ -73,7 +73,7 @@ class DiscreteMamba2(nn.Module):
             real = recurrent_mask[..., None] != 0
             # Padding neither enters nor decays the state, on whichever side it stands.
             xBC, log_a = xBC * real, log_a * real
-        window, state = self.read_states(past_key_values)
+        window, state = self.read_states(cache)
         convolved = self.convolve(xBC, window, seq_idx)
         if recurrent_mask is not None:
             convolved = convolved * real
@@ -86,8 +86,8 @@ class DiscreteMamba2(nn.Module):
             y = y[:, None]  # [B, 1, H, P]
         else:
             y, state = ssd(x, log_a, B, C, state, seq_idx, self.chunk_size, self.backend)
-        if past_key_values is not None:
-            self.write_states(past_key_values, xBC, state, recurrent_mask)
+        if cache is not None:
+            self.write_states(cache, xBC, state, recurrent_mask)
         y = y + self.D[:, None].to(y.dtype) * x
         return y.flatten(2) * nn.functional.silu(z)  # [B, T, H P]
 
@@ -115,18 +115,18 @@ class DiscreteMamba2(nn.Module):
             out = out + tap
         return out
 
-    def read_states(self, past_key_values) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def read_states(self, cache) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The cached window `[B, channels, K]` and state `[B, H, P, N]`, or `None`s before the first token."""
-        if past_key_values is None or not past_key_values.has_previous_state(self.layer_idx):
+        if cache is None or not cache.has_previous_state(self.layer_idx):
             return None, None
-        layer = past_key_values.layers[self.layer_idx]
+        layer = cache.layers[self.layer_idx]
         return layer.conv_states[0], layer.recurrent_states[0]
 
-    def write_states(self, past_key_values, xBC, state, recurrent_mask) -> None:
+    def write_states(self, cache, xBC, state, recurrent_mask) -> None:
         """Hands the new window and state to the cache layer; right padding is left out of the window."""
         columns = xBC.transpose(1, 2)  # [B, channels, T]
-        full = past_key_values.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.conv_kernel)
-        past_key_values.update_recurrent_state(state, self.layer_idx)
+        full = cache.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.conv_kernel)
+        cache.update_recurrent_state(state, self.layer_idx)
         if recurrent_mask is not None:
             # The stock cache keeps the last K columns; with right padding those are not the last K tokens of a row.
             full = nn.functional.pad(full, (self.conv_kernel, 0))
@@ -134,4 +134,4 @@ class DiscreteMamba2(nn.Module):
             trailing = torch.where(recurrent_mask.any(1), trailing, recurrent_mask.shape[1])
             last = torch.arange(full.shape[2] - self.conv_kernel, full.shape[2], device=full.device)
             index = (last[None] - trailing[:, None])[:, None].expand(-1, full.shape[1], -1)
-            past_key_values.layers[self.layer_idx].conv_states[0].copy_(full.gather(2, index))
+            cache.layers[self.layer_idx].conv_states[0].copy_(full.gather(2, index))

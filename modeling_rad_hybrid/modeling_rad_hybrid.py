@@ -29,6 +29,10 @@ from .configuration_rad_hybrid import RadHybridConfig
 from .discrete_mamba2 import DiscreteMamba2
 
 
+# The argument and output that transformers keeps the cache under: `cache` from 5.24 on, `past_key_values` before.
+CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 class RadHybridRMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -122,19 +126,19 @@ class RadHybridAttention(nn.Module):
         )
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """Maps `[B, T, D]` to `[B, T, D]` and the attention weights of the kept heads, where the back end has them."""
-        output, weights = self.features(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        output, weights = self.features(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         return self.o_proj(output), weights
 
-    def features(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def features(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """What the output projection reads: the kept heads' outputs side by side, `[B, T, H P]`, and the weights."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, H, T, P]
         key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, K, T, P]
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # [B, K, T, P]
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         if not self.even:
             filled = query.new_zeros(
                 query.shape[0], self.num_key_value_heads * self.num_key_value_groups, *query.shape[2:]
@@ -204,7 +208,7 @@ class RadHybridMixer(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
         recurrent_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         seq_idx: torch.Tensor | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -212,10 +216,10 @@ class RadHybridMixer(nn.Module):
         attended = weights = recurrent = None
         if self.attention is not None:
             attended, weights = self.attention(
-                hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs
+                hidden_states, position_embeddings, attention_mask, cache, **kwargs
             )
         if self.ssm is not None:
-            recurrent = self.ssm(hidden_states, recurrent_mask, past_key_values, seq_idx)
+            recurrent = self.ssm(hidden_states, recurrent_mask, cache, seq_idx)
         if attended is None:
             return recurrent, None
         if recurrent is None:
@@ -245,8 +249,9 @@ class RadHybridDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        mixed, _ = self.mixer(self.input_layernorm(hidden_states), **kwargs)
+    def forward(self, hidden_states: torch.Tensor, cache=None, past_key_values=None, **kwargs) -> torch.Tensor:
+        cache = past_key_values if cache is None else cache
+        mixed, _ = self.mixer(self.input_layernorm(hidden_states), cache=cache, **kwargs)
         hidden_states = hidden_states + mixed
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -257,7 +262,7 @@ class RadHybridPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RadHybridDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -335,30 +340,32 @@ class RadHybridModel(RadHybridPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         seq_idx: torch.Tensor | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
-        As in transformers' decoders. Packed documents are kept apart when `seq_idx` `[B, T]`, `cu_seq_lens_q` or, without
+        As in transformers' decoders, the cache under its new name or its old one. Packed documents are kept apart when `seq_idx` `[B, T]`, `cu_seq_lens_q` or, without
         mask and cache, restarting `position_ids` say where they start.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = new_cache(self.config)
         tokens = inputs_embeds.shape[1]
-        if seq_idx is None and attention_mask is None and past_key_values is None:
+        if seq_idx is None and attention_mask is None and cache is None:
             seq_idx = document_index(position_ids, kwargs.get("cu_seq_lens_q"), tokens)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + tokens, device=inputs_embeds.device)[None]
         if not isinstance(attention_mask, dict):
             mask_arguments = {
                 "config": self.config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE_NAME: cache,
                 "position_ids": position_ids,
             }
             attention_mask = {"linear_attention": create_recurrent_attention_mask(**mask_arguments)}
@@ -373,12 +380,12 @@ class RadHybridModel(RadHybridPreTrainedModel):
                 recurrent_mask=attention_mask.get("linear_attention"),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 seq_idx=seq_idx,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
 class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
@@ -393,9 +400,9 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        wants_cache = generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None
+        wants_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
         if wants_cache and not any(self.config.kept_heads):
-            model_kwargs["past_key_values"] = new_cache(self.config)
+            model_kwargs[CACHE_NAME] = new_cache(self.config)
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -410,6 +417,7 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """As in transformers' causal language models; `logits_to_keep` limits the logits to the last positions."""
@@ -417,7 +425,7 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -430,10 +438,10 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.get(CACHE_NAME)},
         )
 
 
-__all__ = ["RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]
+__all__ = ["CACHE_NAME", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from modeling_rad_hybrid import RadHybridConfig
+from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig
 from trainers.calibration import calibrate
 from trainers.conversion import convert, summary
 from trainers.families import backbone_fields
@@ -105,7 +105,7 @@ def test_published_memory_comes_out_of_the_published_heads():
 
 def test_counted_bytes_are_those_of_a_real_cache(tiny_llama):
     student = convert(tiny_llama, head_map(tiny_llama))
-    cache = student(batches(tiny_llama, 1, rows=1)[0], use_cache=True).past_key_values
+    cache = student(batches(tiny_llama, 1, rows=1)[0], use_cache=True)[CACHE_NAME]
     held = 0
     for layer in cache.layers:
         tensors = [layer.conv_states[0], layer.recurrent_states[0]]

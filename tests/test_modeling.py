@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
-from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
+from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
 from modeling_rad_hybrid.modeling_rad_hybrid import new_cache
 from trainers.families import backbone_fields
 
@@ -58,10 +58,12 @@ def test_with_every_head_kept_the_student_is_the_teacher(tiny_llama):
 def test_cached_forward_equals_one_pass(student):
     ids = prompt(student)
     whole = student(ids).logits
-    cache = new_cache(student.config)
-    parts = [student(ids[:, :12], past_key_values=cache).logits, student(ids[:, 12:15], past_key_values=cache).logits]
-    parts += [student(ids[:, t : t + 1], past_key_values=cache).logits for t in range(15, ids.shape[1])]
-    close(torch.cat(parts, 1), whole)
+    # Both names of the cache are understood, whatever the version of transformers.
+    for name in ("cache", "past_key_values"):
+        cache = {name: new_cache(student.config)}
+        parts = [student(ids[:, :12], **cache).logits, student(ids[:, 12:15], **cache).logits]
+        parts += [student(ids[:, t : t + 1], **cache).logits for t in range(15, ids.shape[1])]
+        close(torch.cat(parts, 1), whole)
 
 
 def test_generation_is_the_same_with_cache_without_and_left_padded(student):
@@ -128,7 +130,7 @@ def test_gradient_checkpointing_changes_nothing(student):
 def test_shared_groups_store_their_keys_once(tiny_llama):
     layers = tiny_llama.config.num_hidden_layers
     student = random_student(tiny_llama, [[0, 1, 2]] + [[]] * (layers - 1))
-    cache = student(prompt(student), use_cache=True).past_key_values
+    cache = student(prompt(student), use_cache=True)[CACHE_NAME]
     assert cache.layers[0].keys.shape[1] == 2
 
 

@@ -152,7 +152,8 @@ class RadDistillationConfig(SFTConfig):
     def __post_init__(self):
         self._check()
         aligning = self.stage == "alignment"
-        on_cpu = self.use_cpu or not torch.cuda.is_available()
+        # Said outright, for without it transformers refuses bfloat16 where there is no accelerator.
+        on_cpu = self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
             self.bf16 = not self.fp16 and fast_dtype("cpu" if on_cpu else "cuda") is torch.bfloat16
         # Pinned memory serves copies to an accelerator; without one torch warns at every epoch.

@@ -33,7 +33,7 @@ from transformers.masking_utils import create_causal_mask, create_recurrent_atte
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed
 
-from modeling_rad_hybrid import RadHybridForCausalLM
+from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM
 from trainers.distill_config import RadDistillationConfig
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
 from trainers.precision import resolve_dtype
@@ -319,7 +319,7 @@ class RadDistillationTrainer(SFTTrainer):
                 "config": body.config,
                 "inputs_embeds": records[0][0],
                 "attention_mask": inputs.get("attention_mask"),
-                "past_key_values": None,
+                CACHE_NAME: None,
                 "position_ids": inputs.get("position_ids"),
             }
             arguments = {

@@ -34,6 +34,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_rad_hybrid import CACHE_NAME
+
 
 KV_FORMATS = ("paper", "json", "lines")
 KV_VALUES = ("numbers", "words")
@@ -456,7 +458,7 @@ def _candidate_log_probs(
     for first in range(0, len(targets), batch_size):
         rows = targets[first : first + batch_size]
         # reorder_cache is the one way to multiply a batch that recurrent layers' caches know too.
-        cache = copy.deepcopy(prompt.past_key_values)
+        cache = copy.deepcopy(prompt[CACHE_NAME])
         cache.reorder_cache(torch.zeros(len(rows), dtype=torch.long, device=model.device))
         longest = max(map(len, rows))
         # Padding stands after the tokens that count, so no mask is needed.
@@ -464,7 +466,7 @@ def _candidate_log_probs(
         logits = prompt.logits.expand(len(rows), -1, -1)  # [rows, 1, vocabulary]
         if longest > 1:
             positions = torch.arange(start, start + longest - 1, device=model.device).expand(len(rows), -1)
-            out = model(input_ids=ids[:, :-1], position_ids=positions, past_key_values=cache, use_cache=True)
+            out = model(input_ids=ids[:, :-1], position_ids=positions, use_cache=True, **{CACHE_NAME: cache})
             logits = torch.cat([logits, out.logits], dim=1)  # [rows, longest, vocabulary]
         log_probs = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]  # [rows, longest]
         lengths = torch.tensor([len(row) for row in rows], device=model.device)

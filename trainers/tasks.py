@@ -25,6 +25,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from modeling_rad_hybrid import CACHE_NAME
 from trainers.probes import (
     EncodedAnswer,
     Example,
@@ -345,7 +346,7 @@ def _continue_groups(
         position_ids=(prefix_mask.cumsum(-1) - 1).clamp(min=0),
         use_cache=True,
         logits_to_keep=1,
-    ).past_key_values
+    )[CACHE_NAME]
     by_length: dict[int, list[tuple[int, int]]] = {}
     for row, members in enumerate(groups):
         for member in members:
@@ -361,8 +362,8 @@ def _continue_groups(
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.cat([prefix_mask[rows], torch.ones_like(suffix)], dim=1),
-            past_key_values=copied,
             generation_config=config,
+            **{CACHE_NAME: copied},
         )
         yield [member for _, member in chosen], output[:, input_ids.shape[1] :]
 
