@@ -1,7 +1,10 @@
 """Conversion, calibration and the cache's bytes."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig
@@ -10,6 +13,7 @@ from trainers.conversion import convert, summary
 from trainers.families import backbone_fields
 from trainers.head_map import HeadMap, TeacherShape, shipped_head_map
 from trainers.memory import cache_bytes, kv_heads
+from trainers.pipeline import conversion_tables
 
 
 def head_map(teacher, kept=None):
@@ -123,13 +127,21 @@ def test_the_summary_compares_both_models(tiny_llama):
     assert "cache at 32k tokens" in rows
 
 
-def test_a_teacher_shaped_like_llama_1b_converts_without_weights():
-    published = shipped_head_map("meta-llama/Llama-3.2-1B-Instruct")
+def test_a_random_llama_1b_converts_by_its_published_map():
+    """The attention of Llama-3.2-1B in full size; vocabulary and MLP, which no cache depends on, are small."""
     config = LlamaConfig(
         vocab_size=64, hidden_size=2048, intermediate_size=64, num_hidden_layers=16, num_attention_heads=32,
         num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    with torch.device("meta"):
-        shape = sum(p.numel() for p in LlamaForCausalLM(config).parameters())
-        student = LlamaForCausalLM._from_config(config)
-    assert student.num_parameters() == shape and published.num_kept == 10
+    teacher = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    student = convert(teacher, shipped_head_map("meta-llama/Llama-3.2-1B-Instruct"))
+    assert torch.isfinite(student(torch.arange(8)[None]).logits).all()
+    outcome = {"summary": summary(student, teacher), "residuals": []}
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(*conversion_tables(outcome))
+    printed = " ".join(console.export_text().split())
+    assert "KV bytes per token │ 32,768 │ 2,304" in printed and "10 (2.0%)" in printed
+    state = 502 * (64 * 8 * 4 + (64 + 2 * 8) * 4 * 2)
+    for tokens in (2048, 32768, 131072):
+        ours = (tokens * 2304 + state) / 1e6
+        assert f"{tokens * 32768 / 1e6:.2f} MB │ {ours:.2f} MB" in printed
