@@ -3,7 +3,7 @@ What the steps of a run share, each made once and only when a step asks for it: 
 documents, the packed rows, and what the teacher said about them.
 
 The students of one run are trained on the same rows in the same order, so in the distillation stage the teacher's
-hidden states need computing for the first student only; [`RememberingBody`] keeps them for the others.
+hidden states need computing for the first student only; [`Remembered`] keeps them for the others.
 """
 
 import contextlib
@@ -11,12 +11,11 @@ import functools
 import hashlib
 import importlib.util
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.data import ProbeDocuments, Source, held_out, packed_dataset, text_documents
@@ -91,7 +90,7 @@ class Workshop:
     def __init__(self, recipe: Recipe, progress: bool = True):
         self.recipe, self.progress = recipe, progress
         self._teachers: dict[torch.dtype, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
-        self._remembering: RememberingBody | None = None
+        self._remembered: Remembered | None = None
 
     @functools.cached_property
     def teacher_path(self) -> str:
@@ -126,12 +125,12 @@ class Workshop:
         if stage != "distillation" or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
             yield teacher
             return
-        body = self._remembering = self._remembering or RememberingBody(teacher.model)
-        teacher.model = body
+        self._remembered = self._remembered or Remembered(teacher.model.forward)
+        teacher.model.forward = self._remembered
         try:
             yield teacher
         finally:
-            teacher.model = body.body
+            del teacher.model.forward  # the class's own shows again
 
     @property
     def teacher_name(self) -> str:
@@ -215,27 +214,26 @@ def mixture_rows(
     return packed_dataset(tokenizer, sources, length, num_tokens, seed, progress)
 
 
-class RememberingBody(nn.Module):
+class Remembered:
     """
-    Stands in for the body of a frozen teacher and keeps what it gave for every batch, so that a second student that
-    sees the same batches costs no second teacher pass.
+    Stands in for the forward of a frozen teacher's body and keeps what it gave for every batch, so that a second
+    student that sees the same batches costs no second teacher pass.
 
     Args:
-        body (`torch.nn.Module`):
-            The teacher's `model`.
+        forward (`Callable`):
+            The body's own forward.
     """
 
-    def __init__(self, body: nn.Module):
-        super().__init__()
-        self.body, self.kept = body, {}
+    def __init__(self, forward: Callable):
+        self.forward, self.kept = forward, {}
 
-    def forward(self, **inputs):
+    def __call__(self, **inputs):
         digest = hashlib.sha256()
         for name, value in sorted(inputs.items()):
             digest.update(name.encode() + (value.cpu().numpy().tobytes() if torch.is_tensor(value) else b""))
         key = digest.digest()
         if key not in self.kept:
-            self.kept[key] = self.body(**inputs)
+            self.kept[key] = self.forward(**inputs)
         return self.kept[key]
 
 
