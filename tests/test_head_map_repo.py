@@ -40,7 +40,9 @@ def test_maps_travel_unchanged(hub, repo_id):
     for name in shipped_head_maps():
         assert pull_head_map(repo_id, name) == HeadMap.load(name)
     assert pull_head_map(repo_id, revision=first.commit) == head_map
-    with pytest.raises(ValueError, match=f"has {len(shipped_head_maps()) + 1} head maps; name the teacher: .*acme/teacher"):
+    with pytest.raises(
+        ValueError, match=f"has {len(shipped_head_maps()) + 1} head maps; name the teacher: .*acme/teacher"
+    ):
         pull_head_map(repo_id)
     with pytest.raises(FileNotFoundError, match="no head map of acme/other; it has .*acme/teacher"):
         pull_head_map(repo_id, "acme/other")
@@ -134,7 +136,7 @@ GOOD = json.dumps(make_head_map(TEACHER)[0].to_dict())
     [
         ("head_maps/acme--teacher.json", "{", "is not a JSON file"),
         ("head_maps/acme--teacher.json", "[]", "not a head map"),
-        ("head_maps/acme--teacher.json", " " * (5 * 2**20) + GOOD, "more than the 4194304 of any head map"),
+        ("head_maps/acme--teacher.json", " " * (5 * 2**20) + GOOD, "more than the 4194304 allowed"),
         ("head_maps/acme--teacher.json", GOOD.replace("acme/teacher", "acme/other"), "is the head map of acme/other"),
         ("head_maps/acme--teacher.json", GOOD.replace('"kept_heads": [[]', '"kept_heads": [[7]'), "from 0 to 3"),
         (

@@ -23,7 +23,7 @@ TRAINERS = Path(trainers.__file__).parent
 MODEL_ORDER = ["configuration_rad_hybrid", "ssd", "discrete_mamba2", "modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
-    {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules"}
+    {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"head_map", "probes", "losses", "distill_config", "plots"},
     {"ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
     {"memory", "conversion", "calibration", "data", "evaluation", "distill_trainer"}

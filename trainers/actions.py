@@ -24,6 +24,7 @@ from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
 from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
+from trainers.head_map_repo import find_head_map
 from trainers.head_scoring import HeadScores, score_heads
 from trainers.plots import score_heat_map
 from trainers.precision import fast_dtype, resolve_dtype
@@ -88,7 +89,7 @@ def select(workshop: Workshop, kind: str, scores: Path | None, head_map: Path) -
     """
     settings = workshop.recipe.select
     if settings.head_map is not None:
-        chosen = HeadMap.load(settings.head_map)
+        chosen = find_head_map(settings.head_map, workshop.teacher_name, settings.head_map_revision)
     else:
         chosen = top_k(HeadScores.load(scores), heads=settings.heads, fraction=settings.fraction)
     if kind == "none":
@@ -99,15 +100,15 @@ def select(workshop: Workshop, kind: str, scores: Path | None, head_map: Path) -
     return chosen
 
 
-def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Path | None = None) -> dict:
+def convert_student(workshop: Workshop, head_map: HeadMap | Path, folder: Path, scores: Path | None = None) -> dict:
     """
     Converts the teacher, fits the recurrent heads' readout in closed form and writes the student's folder.
 
     Args:
         workshop ([`~trainers.workshop.Workshop`]):
             Shared resources; `recipe.convert` and `recipe.calibrate` hold the settings.
-        head_map (`Path`):
-            Head map.
+        head_map ([`~trainers.head_map.HeadMap`] or `Path`):
+            Head map, or file with one.
         folder (`Path`):
             Folder to write.
         scores (`Path`, *optional*):
@@ -118,7 +119,7 @@ def convert_student(workshop: Workshop, head_map: Path, folder: Path, scores: Pa
         its recurrent heads before and after the fit (`None` in a layer without any; empty without a fit).
     """
     recipe = workshop.recipe
-    chosen = HeadMap.load(head_map)
+    chosen = head_map if isinstance(head_map, HeadMap) else HeadMap.load(head_map)
     chosen.check_teacher(workshop.teacher.config, workshop.recipe.teacher)
     student = convert(
         workshop.teacher, chosen, mixing=recipe.convert.mixing, state_size=recipe.convert.state_size, seed=recipe.seed

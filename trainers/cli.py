@@ -11,7 +11,10 @@ import argparse
 import os
 import sys
 
+from trainers.completion import SHELLS, completion_script
 
+
+HEAD_MAP = "head map file, folder with one, name of a shipped map, or Hub id"
 DISTILL_EXAMPLE = """Examples:
   hf-rad distill --config recipes/distill.yaml
   hf-rad distill --model_name_or_path student --teacher_model_name_or_path smollm2 --stage distillation \\
@@ -40,9 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     args, rest = parser.parse_known_args(words)
     if rest and args.verb != "distill":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.words, args.rest = words, rest
+    args.words, args.rest = without_token(words), rest
+    if args.token:
+        # Where the Hub client looks for it, in this process and in those that it starts.
+        os.environ["HF_TOKEN"] = args.token
     # transformers is chatty while it loads; what matters is said by the verbs themselves.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if args.verb == "completion":
+        print(completion_script(parser, args.shell))
+        return 0
     try:
         from trainers.verbs import VERBS
 
@@ -56,6 +65,16 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(str(error))
     return 0
+
+
+def without_token(words: list[str]) -> list[str]:
+    """Returns the words of a command line without `--token` and what follows it: reports and cards repeat the rest."""
+    kept, skip = [], False
+    for word in words:
+        if not skip and word != "--token" and not word.startswith("--token="):
+            kept.append(word)
+        skip = word == "--token"
+    return kept
 
 
 def _fail(message: str) -> int:
@@ -78,6 +97,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_publish(verbs)
     _add_walks(verbs)
     _add_heads(verbs)
+    _add_completion(verbs)
     return parser
 
 
@@ -87,12 +107,20 @@ def _verb(verbs, name: str, summary: str, *examples: str) -> argparse.ArgumentPa
         help=summary,
         description=summary,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        # An abbreviated --token would not be known as one where command lines are recorded.
+        allow_abbrev=False,
     )
     parser.epilog = "Examples:\n" + "\n".join(f"  {parser.prog} {example}".rstrip() for example in examples)
     parser.set_defaults(verb=parser.prog.removeprefix("hf-rad "))
+    _add_conventions(parser)
+    return parser
+
+
+def _add_conventions(parser: argparse.ArgumentParser) -> None:
+    """Options that every verb has, as those of `hf` do."""
     parser.add_argument("--format", choices=("human", "json"), default="human", help="how to print the outcome")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress bars, no tables")
-    return parser
+    parser.add_argument("--token", help="access token of the Hub (default: the one of `hf auth login`)")
 
 
 def _add_teacher(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -148,9 +176,13 @@ def _add_steps(verbs) -> None:
         "Turn teacher and head map into a hybrid student, its recurrent heads fitted in closed form.",
         "smollm2 runs/smollm2/head_map.json --out runs/smollm2/student",
         "meta-llama/Llama-3.2-1B meta-llama/Llama-3.2-1B-Instruct --out student --tokens 0",
+        "smollm2 --head-map me/head-maps --head-map-revision v1 --out student",
     )
     _add_teacher(parser)
-    parser.add_argument("head_map", help="head map file, folder with one, name of a shipped map, or Hub id")
+    # The same thing as a word or as an option; suppressed, so that the word's default does not undo the option.
+    parser.add_argument("head_map", nargs="?", default=argparse.SUPPRESS, help=HEAD_MAP)
+    parser.add_argument("--head-map", dest="head_map", metavar="HEAD_MAP", help="the same, as an option")
+    parser.add_argument("--head-map-revision", metavar="REVISION", help="branch, tag or commit of the map's Hub repo")
     parser.add_argument("--out", required=True, help="folder of the student")
     parser.add_argument("--scores", help="scores.json behind the head map, to keep with the student")
     parser.add_argument("--mixing", choices=("replace", "parallel"), default="replace", help="see the README")
@@ -171,6 +203,7 @@ def _add_distill(verbs) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(verb="distill")
+    _add_conventions(parser)
     parser.add_argument("--help-all", action="store_true", help="list every option (takes some seconds)")
 
 
@@ -220,7 +253,10 @@ def _add_publish(verbs) -> None:
     parser.add_argument("--tag", help="tag of the commit (default: the next of v1, v2, ...)")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--commit-message", help="message of the commit")
-    parser.add_argument("--token", help="access token (default: the one of `hf auth login`)")
+    parser.add_argument("--language", action="append", metavar="CODE", help="language, for the card (default: en)")
+    parser.add_argument(
+        "--dataset", action="append", default=[], metavar="ID", help="Hub data set trained on, for the card"
+    )
     parser.add_argument("--prompt", default="My name is", help="what the reloaded student continues")
     parser.add_argument("--dry-run", action="store_true", help="only say what would change")
 
@@ -258,15 +294,64 @@ def _add_walk_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_heads(verbs) -> None:
-    heads = verbs.add_parser("heads", help="Look at head maps.", description="Look at head maps.")
+    heads = verbs.add_parser(
+        "heads", help="Show, push and pull head maps.", description="Show, push and pull head maps."
+    )
+    heads = heads.add_subparsers(title="verbs", metavar="VERB", required=True)
     parser = _verb(
-        heads.add_subparsers(title="verbs", metavar="VERB", required=True),
+        heads,
         "show",
         "Show which heads a head map keeps and where it comes from.",
         "runs/demo/head_map.json",
         "meta-llama/Llama-3.2-1B-Instruct",
+        "me/head-maps --teacher acme/teacher --revision v1",
     )
-    parser.add_argument("head_map", help="head map file, folder with one, name of a shipped map, or Hub id")
+    parser.add_argument("head_map", help=HEAD_MAP)
+    _add_map_choice(parser)
+
+    parser = _verb(
+        heads,
+        "push",
+        "Add head maps to a data set repository of head maps, in one commit.",
+        "runs/demo/head_map.json --scores runs/demo/scores.json --repo-id me/head-maps",
+        "--repo-id me/head-maps --private",
+    )
+    parser.add_argument("head_map", nargs="*", help=f"{HEAD_MAP} (default: every map that ships with hf-rad)")
+    parser.add_argument("--repo-id", required=True, help="data set repository, made if it is not there")
+    parser.add_argument("--scores", action="append", default=[], help="scores.json behind a map, to go with it")
+    parser.add_argument("--revision", help="branch to push to (default: main)")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--commit-message", help="message of the commit")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would change")
+
+    parser = _verb(
+        heads,
+        "pull",
+        "Fetch a head map from a data set repository, or from a published student.",
+        "me/head-maps --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out head_map.json",
+        "me/smollm2-135m-rad8 --revision v1 --out head_map.json",
+    )
+    parser.add_argument("repo_id", help="Hub id of the repository")
+    _add_map_choice(parser)
+    parser.add_argument("--out", required=True, help="head map to write")
+
+
+def _add_map_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--teacher", metavar="ID", help="Hub id of the teacher, where a repository has several maps")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo")
+
+
+def _add_completion(verbs) -> None:
+    parser = verbs.add_parser(
+        "completion",
+        help="Print what makes a shell complete the words of hf-rad.",
+        description="Print what makes a shell complete the words of hf-rad.",
+        epilog="Examples:\n  source <(hf-rad completion bash)\n  hf-rad completion bash >> ~/.bash_completion",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(verb="completion", token=None)
+    parser.add_argument("shell", choices=SHELLS, help="zsh reads the bash one through its own bashcompinit")
 
 
 if __name__ == "__main__":

@@ -26,14 +26,16 @@ import re
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from trainers.files import read_json, write_json
 
 
 SCHEMA_VERSION = 1
 MAX_BYTES = 4 * 2**20
+# Where a student keeps its head map.
+STUDENT_MAP = "rad/head_map.json"
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -313,6 +315,43 @@ def shipped_head_map(name: str) -> HeadMap:
     return HeadMap.from_dict(json.loads(resource.read_text(encoding="utf-8")))
 
 
+def download_small(
+    repo_id: str,
+    path: str,
+    max_bytes: int,
+    revision: str | None = None,
+    repo_type: str = "model",
+    token: str | None = None,
+) -> Path:
+    """
+    Fetches one file of a Hub repository after a look at its size.
+
+    Args:
+        repo_id (`str`), path (`str`), revision (`str`, *optional*), repo_type (`str`, *optional*, defaults to
+        `"model"`):
+            Where the file is.
+        max_bytes (`int`):
+            Size above which it is not fetched.
+        token (`str`, *optional*):
+            Access token; by default the one of this login.
+
+    Raises:
+        `FileNotFoundError`: when the repository has no such file.
+        `ValueError`: when it is too large.
+    """
+    where = {"repo_id": repo_id, "revision": revision, "repo_type": repo_type, "token": token}
+    try:
+        found = HfApi().get_paths_info(paths=[path], **where)
+    except OfflineModeIsEnabled:
+        # What is in the cache was looked at when it came.
+        return Path(hf_hub_download(filename=path, **where))
+    if not found:
+        raise FileNotFoundError(f"{repo_id} has no {path}: it is neither a student nor a collection of head maps.")
+    if found[0].size > max_bytes:
+        raise ValueError(f"{path} of {repo_id} has {found[0].size} bytes, more than the {max_bytes} allowed.")
+    return Path(hf_hub_download(filename=path, **where))
+
+
 def _locate(path: str | os.PathLike) -> Path:
     name, path = str(path), Path(path)
     for candidate in (path, path / "head_map.json", path / "rad" / "head_map.json"):
@@ -324,7 +363,7 @@ def _locate(path: str | os.PathLike) -> Path:
     reason = ""
     if REPO_ID.fullmatch(name) and not path.exists():
         try:
-            return Path(hf_hub_download(name, "rad/head_map.json"))
+            return download_small(name, STUDENT_MAP, MAX_BYTES)
         except (HfHubHTTPError, OSError) as error:
             reason = f" Nor could it be read from the Hub ({type(error).__name__})."
     raise FileNotFoundError(

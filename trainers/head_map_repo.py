@@ -16,18 +16,18 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download
+from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from trainers.files import read_json
-from trainers.head_map import MAX_BYTES, REPO_ID, HeadMap, shipped_head_maps
+from trainers.head_map import MAX_BYTES, REPO_ID, STUDENT_MAP, HeadMap, download_small, shipped_head_maps
+from trainers.head_scoring import MAX_BYTES as SCORES_BYTES
 from trainers.head_scoring import HeadScores
 from trainers.hub_upload import Upload, naming_hub_errors
 
 
 PAPER = "2602.11374"
 MAP_NAME = re.compile(r"head_maps/([\w.-]+?)--([\w.-]+)\.json")
-STUDENT_MAP = "rad/head_map.json"
 COLUMNS = pyarrow.schema(
     [
         ("teacher", pyarrow.string()),
@@ -164,6 +164,12 @@ def find_head_map(
             return _download(HfApi(token=token), name, STUDENT_MAP, revision, "model")
 
 
+def shipped_scores() -> list[HeadScores]:
+    """Scores behind the head maps that ship with the package, of those teachers that have any."""
+    with importlib.resources.as_file(importlib.resources.files("hub_cards")) as folder:
+        return [HeadScores.load(file) for file in sorted((folder / "scores").glob("*.json"))]
+
+
 def _pull(repo_id: str, teacher: str | None, revision: str | None, token: str | None) -> HeadMap:
     api = HfApi(token=token)
     names = [name for name in api.list_repo_files(repo_id, revision=revision, repo_type="dataset")]
@@ -183,13 +189,7 @@ def _pull(repo_id: str, teacher: str | None, revision: str | None, token: str | 
 
 
 def _download(api: HfApi, repo_id: str, path: str, revision: str | None, repo_type: str) -> HeadMap:
-    where = {"repo_id": repo_id, "revision": revision, "repo_type": repo_type}
-    found = api.get_paths_info(paths=[path], **where)
-    if not found:
-        raise FileNotFoundError(f"{repo_id} has no {path}: it is neither a student nor a collection of head maps.")
-    if found[0].size > MAX_BYTES:
-        raise ValueError(f"{path} of {repo_id} has {found[0].size} bytes, more than the {MAX_BYTES} of any head map.")
-    file = hf_hub_download(filename=path, token=api.token, **where)
+    file = download_small(repo_id, path, MAX_BYTES, revision, repo_type, api.token)
     try:
         return HeadMap.from_dict(read_json(file, max_bytes=MAX_BYTES))
     except ValueError as error:
@@ -223,7 +223,9 @@ def _fetch_all(api: HfApi, repo_id: str, revision: str | None, folder: Path) -> 
         if name.startswith("head_maps/"):
             _download(api, repo_id, name, where["revision"], "dataset").save(folder / name)
         else:
-            HeadScores.load(hf_hub_download(filename=name, token=api.token, **where)).save(folder / name)
+            HeadScores.load(download_small(path=name, max_bytes=SCORES_BYTES, token=api.token, **where)).save(
+                folder / name
+            )
 
 
 def _write_table(folder: Path, repo_id: str) -> None:

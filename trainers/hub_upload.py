@@ -22,6 +22,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from rich.table import Table
 
 from trainers.files import sha256
 
@@ -194,6 +195,17 @@ def naming_hub_errors(repo_id: str) -> Iterator[None]:
             f"{repo_id}: the connection failed ({cause}). The repository is as it was; run the same command again, "
             "files that have arrived are not sent again."
         ) from error
+
+
+def changes_table(changes: list[Change], title: str) -> Table:
+    """Renders what an upload changes: one row a file, with its size."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("file")
+    table.add_column("bytes", justify="right")
+    for change in changes:
+        table.add_row(change.kind, change.path, f"{change.size:,}")
+    return table
 
 
 def list_files(folder: Path) -> dict[str, Path]:

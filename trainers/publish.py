@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from rich.table import Table
 
 from trainers.hub_upload import Change, Upload, list_files, naming_hub_errors
 from trainers.model_card import load_snippet, pin_snippet
@@ -191,17 +190,6 @@ class StudentUpload(Upload):
             reload=reload,
             snippet=load_snippet(self.repo_id, self.tag or self.commit or self.branch),
         )
-
-
-def changes_table(publication: Publication) -> Table:
-    """Renders what a publication changes: one row a file, with its size."""
-    table = Table(title=f"{publication.repo_id or publication.folder}", title_justify="left")
-    table.add_column("")
-    table.add_column("file")
-    table.add_column("bytes", justify="right")
-    for change in publication.changes:
-        table.add_row(change.kind, change.path, f"{change.size:,}")
-    return table
 
 
 def _local(folder: Path, reload: ReloadResult | None = None) -> Publication:

@@ -76,16 +76,19 @@ class SelectSettings:
         fraction (`float`, *optional*):
             Kept heads as a share of all, between 0 and 1.
         head_map (`str`, *optional*):
-            File, folder, name of a shipped map or Hub id of a student, as [`~trainers.head_map.HeadMap.load`] takes
-            it.
+            File, folder, name of a shipped map or Hub id, as [`~trainers.head_map_repo.find_head_map`] takes it.
+        head_map_revision (`str`, *optional*):
+            Branch, tag or commit of the map's Hub repo.
     """
 
     heads: int | None = None
     fraction: float | None = None
     head_map: str | None = None
+    head_map_revision: str | None = None
 
     def __post_init__(self):
-        given = [name for name, value in dataclasses.asdict(self).items() if value is not None]
+        budgets = ("heads", "fraction", "head_map")
+        given = [name for name in budgets if dataclasses.asdict(self)[name] is not None]
         if len(given) > 1:
             raise ValueError(f"select: {' and '.join(given)} exclude each other; give one of them.")
         if self.heads is not None and self.heads < 0:

@@ -65,15 +65,19 @@ def select(args: argparse.Namespace) -> None:
 def convert(args: argparse.Namespace) -> None:
     """Makes a student."""
     from trainers.actions import convert_student
+    from trainers.head_map_repo import find_head_map
     from trainers.pipeline import conversion_tables
 
+    if args.head_map is None:
+        raise ValueError("There is no head map: name a file, a folder, the teacher of a shipped map, or a Hub id.")
     workshop = _workshop(
         args,
         convert={"mixing": args.mixing, "state_size": args.state_size},
         calibrate={"tokens": args.tokens},
         data={"text": args.text},
     )
-    outcome = convert_student(workshop, Path(args.head_map), Path(args.out), args.scores and Path(args.scores))
+    head_map = find_head_map(args.head_map, workshop.teacher_name, args.head_map_revision)
+    outcome = convert_student(workshop, head_map, Path(args.out), args.scores and Path(args.scores))
     if args.format == "human" and not args.quiet:
         Console().print(*conversion_tables(outcome))
     _show(args, {"student": args.out, **({} if args.format == "human" else outcome)})
@@ -83,8 +87,9 @@ def distill(args: argparse.Namespace) -> None:
     """Trains one stage."""
     from trainers.distill import main
 
-    folder = main(["--help"] if args.help_all else args.rest)
-    Console().print(f"[green]✓ Done[/green] {folder}", highlight=False)
+    quiet = ["--disable_tqdm", "true"] if args.quiet or args.format == "json" else []
+    folder = main(["--help"] if args.help_all else [*args.rest, *quiet])
+    _show(args, {"student": str(folder)})
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -127,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def publish(args: argparse.Namespace) -> None:
     """Stages and pushes a student."""
-    from trainers.publish import changes_table
+    from trainers.hub_upload import changes_table
     from trainers.publish import publish as push
     from trainers.staging import stage
 
@@ -137,6 +142,8 @@ def publish(args: argparse.Namespace) -> None:
         report=args.eval,
         teacher=args.teacher,
         license=args.license,
+        datasets=tuple(args.dataset),
+        language=tuple(args.language or ("en",)),
     )
     publication = push(
         folder,
@@ -146,7 +153,6 @@ def publish(args: argparse.Namespace) -> None:
         create_pr=args.create_pr,
         tag=args.tag,
         commit_message=args.commit_message,
-        token=args.token,
         dry_run=args.dry_run,
         prompt=args.prompt,
     )
@@ -156,7 +162,7 @@ def publish(args: argparse.Namespace) -> None:
         facts["max_logit_difference"] = publication.reload.max_difference
         facts["generated"] = publication.reload.text
     if args.format == "human" and not args.quiet:
-        Console().print(changes_table(publication))
+        Console().print(changes_table(publication.changes, args.repo_id or str(folder)))
     _show(args, {name: value for name, value in facts.items() if value is not None})
 
 
@@ -184,11 +190,42 @@ def demo(args: argparse.Namespace) -> None:
 
 def show_heads(args: argparse.Namespace) -> None:
     """Shows a head map."""
-    from trainers.head_map import HeadMap
+    from trainers.head_map_repo import find_head_map
 
-    head_map = HeadMap.load(args.head_map)
+    head_map = find_head_map(args.head_map, args.teacher, args.revision)
     facts = {"teacher": head_map.teacher.id, "layout": head_map.teacher.layout, "source": head_map.source}
     _show(args, facts, *_kept(head_map))
+
+
+def push_heads(args: argparse.Namespace) -> None:
+    """Adds head maps to a repository."""
+    from trainers.head_map import shipped_head_maps
+    from trainers.head_map_repo import push_head_maps, shipped_scores
+    from trainers.hub_upload import changes_table
+
+    upload = push_head_maps(
+        args.head_map or shipped_head_maps(),
+        args.repo_id,
+        scores=args.scores if args.head_map else [*args.scores, *shipped_scores()],
+        private=args.private or None,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.commit_message,
+        dry_run=args.dry_run,
+    )
+    if args.format == "human" and not args.quiet:
+        Console().print(changes_table(upload.changes, args.repo_id))
+    facts = {"url": upload.url, "commit": upload.commit, "pull_request": upload.pull_request}
+    _show(args, {name: value for name, value in facts.items() if value is not None})
+
+
+def pull_heads(args: argparse.Namespace) -> None:
+    """Fetches a head map."""
+    from trainers.head_map_repo import find_head_map
+
+    head_map = find_head_map(args.repo_id, args.teacher, args.revision)
+    head_map.save(args.out)
+    _show(args, {"head_map": args.out, "teacher": head_map.teacher.id}, *_kept(head_map))
 
 
 def _walk(args: argparse.Namespace, recipe: dict) -> None:
@@ -274,4 +311,6 @@ VERBS = {
     "run": run,
     "demo": demo,
     "heads show": show_heads,
+    "heads push": push_heads,
+    "heads pull": pull_heads,
 }
