@@ -15,9 +15,10 @@ from transformers import (
 )
 
 from trainers import head_scoring
-from trainers.ablation import HeadAblation, attention_layers, inference, pack
+from trainers.ablation import HeadAblation, attention_layers, inference
 from trainers.files import sha256
 from trainers.head_scoring import HeadScores, ProbeFailedError, score_heads
+from trainers.packing import pack
 from trainers.probes import EncodedAnswer, KVRetrieval, generated_accuracy, is_correct
 
 

@@ -4,7 +4,17 @@ import pytest
 
 from trainers.head_map import HeadMap, TeacherShape
 from trainers.head_scoring import HeadScores
-from trainers.selection import every_nth_layer, no_heads, random_heads, top_k
+from trainers.selection import (
+    CacheBudget,
+    best_layers,
+    every_nth_layer,
+    no_heads,
+    random_heads,
+    threshold,
+    top_groups,
+    top_k,
+    uniform_layers,
+)
 
 
 SHAPE = TeacherShape("org/teacher", None, 2, 4, 2, 8)
@@ -96,3 +106,74 @@ def test_controls():
     for n in (0, 8):
         with pytest.raises(ValueError, match="1 to the 7 layers"):
             every_nth_layer(big, n)
+
+
+def test_layers_are_spread_evenly(scores):
+    big = TeacherShape("org/big", None, 30, 9, 3, 64)
+    one, two, four = (uniform_layers(big, heads=9 * number) for number in (1, 2, 4))
+    assert [one.kept_heads.index(list(range(9)))] == [15]
+    assert [layer for layer, kept in enumerate(two.kept_heads) if kept] == [7, 22]
+    assert [layer for layer, kept in enumerate(four.kept_heads) if kept] == [3, 11, 18, 26]
+    assert four.num_kept == 36 and four.selection == {"method": "uniform-layers", "heads": 36, "layers": 4}
+    # What pays only part of a layer keeps none of it, but one layer is always kept.
+    assert uniform_layers(big, heads=17) == uniform_layers(big, heads=9)
+    assert uniform_layers(big, heads=2).num_kept == 9
+    assert uniform_layers(big, fraction=1.0).num_kept == 270
+
+
+def test_best_layers_keeps_the_most_important(scores):
+    big = TeacherShape("org/big", None, 5, 2, 1, 8)
+    head_map = best_layers(big, [0.1, 0.9, 0.0, 0.5, 0.2], "leave-one-layer-out", heads=5)
+    assert head_map.kept_heads == [[], [0, 1], [], [0, 1], []]
+    assert head_map.ranking[:4] == [(1, 0), (1, 1), (3, 0), (3, 1)]
+    assert head_map.selection == {"method": "leave-one-layer-out", "heads": 4, "layers": 2}
+    with pytest.raises(ValueError, match="3 importances"):
+        best_layers(big, [1, 2, 3], "x", heads=2)
+
+
+def test_a_threshold_keeps_what_reaches_it(scores):
+    assert threshold(scores, accuracy_drop=0.1).kept_heads == [[1], [0, 1]]
+    assert threshold(scores, logprob_drop=0.4).kept_heads == [[], [0, 1, 3]]
+    with pytest.raises(ValueError, match="lower threshold"):
+        threshold(scores, accuracy_drop=0.6)
+    with pytest.raises(ValueError, match="exactly one"):
+        threshold(scores)
+
+
+def test_groups_are_ranked_as_wholes(scores):
+    # Group sums of accuracy: layer 1 (heads 0, 1) 0.6, layer 0 (0, 1) 0.1, then log-probability: (1, 1) 0.51, (0, 1) 0.02.
+    assert top_groups(scores, heads=2).kept_heads == [[], [0, 1]]
+    assert top_groups(scores, heads=3).kept_heads == [[1], [0, 1]]
+    assert top_groups(scores, heads=5).kept_heads == [[1], [0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="only be kept together"):
+        top_groups(scores, heads=1)
+
+
+def test_a_cache_budget_counts_groups_once(scores):
+    def budget(pairs):
+        return CacheBudget(CacheBudget(0, tokens=64, state_size=2).cost(SHAPE, pairs), tokens=64, state_size=2)
+
+    # Heads (1, 0) and (1, 1) share a group: what holds the first holds the second too, but not (0, 1).
+    head_map = top_k(scores, cache=budget([(1, 0)]))
+    assert head_map.kept_heads == [[], [0, 1]]
+    assert head_map.selection["cache"] == {
+        "bytes": budget([(1, 0)]).bytes,
+        "tokens": 64,
+        "state_size": 2,
+        "mixing": "replace",
+    }
+    # 2 x 8 x 2 bytes for each token of a group; a head less in the states.
+    more = budget([(1, 0), (0, 1)]).bytes - budget([(1, 0)]).bytes
+    assert more == 64 * 2 * 8 * 2 - (8 * 2 * 4 + (8 + 2 * 2) * 4 * 2)
+    layer = [(0, head) for head in range(4)]
+    assert uniform_layers(SHAPE, cache=budget(layer)).num_kept == 4
+    assert best_layers(SHAPE, [2, 1], "x", cache=budget(layer)).kept_heads == [[0, 1, 2, 3], []]
+    drawn = random_heads(SHAPE, cache=budget(layer), seed=3)
+    assert budget(drawn.pairs).bytes <= budget(layer).bytes
+    for select in (top_k, top_groups):
+        with pytest.raises(ValueError, match="hold no head"):
+            select(scores, cache=CacheBudget(10))
+    with pytest.raises(ValueError, match="exactly one"):
+        uniform_layers(SHAPE, heads=4, cache=budget(layer))
+    with pytest.raises(ValueError, match="hold no head"):
+        uniform_layers(SHAPE, cache=CacheBudget(10))
