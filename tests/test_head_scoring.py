@@ -18,7 +18,7 @@ from trainers import head_scoring
 from trainers.ablation import HeadAblation, attention_layers, inference
 from trainers.files import sha256
 from trainers.head_scoring import HeadScores, ProbeFailedError, score_heads
-from trainers.packing import pack
+from trainers.probe_rows import pack
 from trainers.probes import EncodedAnswer, KVRetrieval, generated_accuracy, is_correct
 
 

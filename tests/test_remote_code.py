@@ -25,7 +25,7 @@ MODEL_ORDER = ["configuration_rad_hybrid", "ssd", "discrete_mamba2", "modeling_r
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"head_map", "probes", "losses", "distill_config", "plots", "memory"},
-    {"packing", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
+    {"probe_rows", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "evaluation", "distill_trainer"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},

@@ -9,7 +9,7 @@ from trainers.ablation import Ablator
 from trainers.calibration import calibrate
 from trainers.conversion import convert
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.packing import pack
+from trainers.probe_rows import pack
 from trainers.probes import EncodedAnswer, KVRetrieval
 from trainers.student_heads import locate_retrieval, student_slots
 

@@ -3,7 +3,7 @@ Exact ablation of heads: what a model answers when the slices that some heads fe
 
 The same numbers as whole forward passes of whole prompts with a hook on every projection, at a fraction of the cost:
 
-- Prompts that begin alike share their beginning (see `packing.py`).
+- Prompts that begin alike share their beginning (see `probe_rows.py`).
 - The hidden states that enter each layer are computed once; an ablation that begins in layer l runs layers l, l+1, ...
   In layer l itself the heads' outputs are those of the whole model, so its attention is not computed again.
 - Several ablations are run in one batch, one copy of the packed rows for each.
@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.packing import PackedExamples
+from trainers.probe_rows import PackedExamples
 from trainers.probes import EncodedAnswer, is_correct
 
 

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trainers.ablation import HeadAblation, attention_layers, inference
 from trainers.files import atomic_path, json_text, read_json
 from trainers.head_map import TeacherShape
-from trainers.packing import PackedExamples, pack
+from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import Probe
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
 from trainers.ablation import HeadAblation, Heads, inference
-from trainers.packing import pack
+from trainers.probe_rows import pack
 from trainers.probes import Probe
 
 
