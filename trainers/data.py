@@ -250,7 +250,7 @@ def packed_dataset(
     rng = random.Random(seed)
     mixture = _Mixture([_TokenStream(tokenizer, source, length, rng) for source in sources])
     rows = []
-    with tqdm(total=num_tokens, unit="token", unit_scale=True, desc="probe_rows", disable=not progress) as bar:
+    with tqdm(total=num_tokens, unit="token", unit_scale=True, desc="packing", disable=not progress) as bar:
         while len(rows) * length < num_tokens:
             rows.append(mixture.row(length))
             bar.update(length)
