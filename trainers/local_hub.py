@@ -2,8 +2,8 @@
 The whole way of publishing without an account: a Hub server of the checkout's own (`tests/hub_server.py`), the real
 client, a stranger who loads the student from it by the pinned snippet.
 
-    seen = publish_to_local_hub("runs/demo/published", "alice/smollm2-rad8")
-    print(seen["url"], seen["printed"])
+    publication, printed = publish_to_local_hub("runs/demo/published", "alice/smollm2-rad8")
+    print(publication.url, printed)
 
 The server lives as long as the call, on a free port of this machine. The client reads its environment when it is
 imported, so publishing runs in a process of its own.
@@ -19,22 +19,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainers.reload import BLOCKED, SCRIPT
+from trainers.hub_upload import Change
+from trainers.publish import Publication
+from trainers.reload import BLOCKED, SCRIPT, ReloadResult
 
 
 CHECKOUT = Path(__file__).parents[1]
 SERVER = CHECKOUT / "tests" / "hub_server.py"
 PUBLISH = """
-import json, sys
+import dataclasses, json, sys
 from trainers.publish import publish
-done = publish(**json.load(sys.stdin), check=False)
-print(json.dumps({"url": done.url, "commit": done.commit, "tag": done.tag, "snippet": done.snippet}))
+done = dataclasses.asdict(publish(**json.load(sys.stdin)))
+print(json.dumps({**done, "folder": str(done["folder"])}))
 """
 # Run before the snippet: our packages are blocked, as in any other reload.
 BLOCK = f"import runpy, sys\nsys.meta_path.insert(0, runpy.run_path({str(SCRIPT)!r})['Blocker']({BLOCKED!r}))\n"
 
 
-def publish_to_local_hub(folder: str | os.PathLike, repo_id: str) -> dict:
+def publish_to_local_hub(folder: str | os.PathLike, repo_id: str, **options) -> tuple[Publication, str]:
     """
     Publishes a staged folder to a Hub server on this machine, and runs the snippet that loads it from there.
 
@@ -43,22 +45,25 @@ def publish_to_local_hub(folder: str | os.PathLike, repo_id: str) -> dict:
             Folder made by [`~trainers.staging.stage`].
         repo_id (`str`):
             Repository, under the server's user `alice` or her organisation `acme`.
+        **options:
+            Further arguments of [`~trainers.publish.publish`].
 
     Returns:
-        `dict`: `url`, `commit`, `tag`, `snippet`, and `printed`, what the snippet printed in a process without our
-        packages.
+        `tuple[Publication, str]`: what was published, and what the snippet printed in a process without our packages.
 
     Raises:
         `FileNotFoundError`: when this is no checkout: the server is not part of the installed package.
         `ValueError`: when publishing, or the snippet, fails.
     """
-    job = json.dumps({"folder": str(Path(folder).resolve()), "repo_id": repo_id})
+    job = json.dumps({"folder": str(Path(folder).resolve()), "repo_id": repo_id, **options})
     with local_hub() as environment, tempfile.TemporaryDirectory(prefix="fresh-process-") as home:
         output = _run([sys.executable, "-c", PUBLISH], environment, CHECKOUT, job)
         seen = json.loads(output.splitlines()[-1])
         stranger = {**environment, "HF_HOME": home, "HF_TOKEN": "", "TRANSFORMERS_VERBOSITY": "error"}
         printed = _run([sys.executable, "-I", "-c", BLOCK + seen["snippet"]], stranger, home)
-    return {**seen, "printed": printed.strip()}
+    changes = [Change(**change) for change in seen["changes"]]
+    reload = seen["reload"] and ReloadResult(**seen["reload"])
+    return Publication(**{**seen, "folder": Path(folder), "changes": changes, "reload": reload}), printed.strip()
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
 from trainers.head_scoring import HeadScores
+from trainers.local_hub import publish_to_local_hub
 from trainers.plots import accuracy_bars
 from trainers.probes import probe_from_settings
 from trainers.publish import publish
@@ -96,7 +97,8 @@ class Pipeline:
             [measured, *(step for step in students if step.name.endswith(": measure"))],
             "compare teacher and students",
         )
-        target = f", push to {recipe.publish.repo_id}" if recipe.publish.repo_id else ""
+        where = " on a Hub server of this machine" if recipe.publish.local_hub else ""
+        target = f", push to {recipe.publish.repo_id}{where}" if recipe.publish.repo_id else ""
         publishing = Step(
             "publish",
             dataclasses.asdict(recipe.publish),
@@ -218,8 +220,8 @@ class Pipeline:
             seconds[step.name] = {**ledger.seconds(step), "skipped": skipped}
         report = read_json(self.out / "eval.json")
         self.console.print(comparison_table(report, f"{report['teacher']['name']} and its students"))
-        self._print_publication()
         self.console.print(phase_table(seconds))
+        self._print_publication()
         return {**report, "seconds": seconds}
 
     def folder(self, kind: str) -> Path:
@@ -280,22 +282,23 @@ class Pipeline:
         return f"{kept} {kind} heads" if kept else "0 heads"
 
     def _publish(self) -> None:
+        settings = self.recipe.publish
         folder = stage(
             self.folder(self.recipe.students[0]) / self.final,
             self.out / "published",
             report=self.out / "eval.json",
             teacher=self.workshop.teacher_path,
+            datasets=tuple(settings.datasets),
+            language=tuple(settings.language),
         )
-        settings = self.recipe.publish
         # A question that no step of the run has asked.
         example = probe_from_settings(self.recipe.score.probe).examples(1, seed=self.recipe.seed + 1)[0]
-        publication = publish(
-            folder,
-            settings.repo_id,
-            private=settings.private or None,
-            prompt=example.prompt,
-            max_new_tokens=PUBLISHED_TOKENS,
-        )
+        question = {"prompt": example.prompt, "max_new_tokens": PUBLISHED_TOKENS, "private": settings.private or None}
+        printed = None
+        if settings.local_hub:
+            publication, printed = publish_to_local_hub(folder, settings.repo_id, **question)
+        else:
+            publication = publish(folder, settings.repo_id, **question)
         write_json(
             self.out / "publication.json",
             {
@@ -303,26 +306,32 @@ class Pipeline:
                 "repo_id": publication.repo_id,
                 "url": publication.url,
                 "commit": publication.commit,
+                "tag": publication.tag,
                 "prompt": example.prompt,
                 "right_answer": example.answer.strip(),
                 "generated": publication.reload.text,
                 "module": publication.reload.module,
                 "max_logit_difference": publication.reload.max_difference,
+                "snippet": publication.snippet,
+                "printed": printed,
             },
         )
 
     def _print_publication(self) -> None:
-        """Says what the process without our packages saw."""
+        """Says what the process without our packages saw, and how anybody loads the student."""
         seen = read_json(self.out / "publication.json")
-        question = seen["prompt"].splitlines()[-1]
-        self.console.print(
+        question, answer = seen["prompt"].splitlines()[-1], seen["generated"].strip().split("\n")[0]
+        lines = [
             f"Published to {seen['url'] or seen['folder']} and reloaded through AutoModel in a process without our "
-            f"packages: greatest logit difference {seen['max_logit_difference']:.1e} (float32).\n"
-            f"Asked {question!r}, it answers {seen['generated'].strip().splitlines()[0]!r}; "
-            f"right is {seen['right_answer']!r}.",
-            highlight=False,
-            markup=False,
-        )
+            f"packages: greatest logit difference {seen['max_logit_difference']:.1e} (float32).",
+            f"Asked {question!r}, it answers {answer!r}; right is {seen['right_answer']!r}.",
+            "",
+            *seen["snippet"].splitlines(),
+        ]
+        if seen["printed"] is not None:
+            lines += ["", "These lines, run in a process of their own, printed:", seen["printed"]]
+            lines += ["", f"The server ran on this machine for this step; what it was sent lies in {seen['folder']}."]
+        self.console.print(*lines, sep="\n", highlight=False, markup=False, soft_wrap=True)
 
 
 def _stamp(source: str | None) -> list | dict | None:

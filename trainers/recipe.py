@@ -219,10 +219,22 @@ class PublishSettings:
             Hub repository to push to; by default the staged folder `published/` is all there is.
         private (`bool`, *optional*, defaults to `False`):
             Whether a new repository is private.
+        local_hub (`bool`, *optional*, defaults to `False`):
+            Whether to push to a Hub server of the checkout's own that lives as long as the step, under its user
+            `alice`: the whole way without an account.
+        datasets (`list[str]`, *optional*), language (`list[str]`, *optional*, defaults to `["en"]`):
+            Hub ids of the training data and codes of its languages, for the card.
     """
 
     repo_id: str | None = None
     private: bool = False
+    local_hub: bool = False
+    datasets: list[str] = field(default_factory=list)
+    language: list[str] = field(default_factory=lambda: ["en"])
+
+    def __post_init__(self):
+        if self.local_hub and not (self.repo_id or "").startswith("alice/"):
+            raise ValueError(f"publish.repo_id is {self.repo_id!r}; on the local Hub it begins with `alice/`.")
 
 
 @dataclass(frozen=True)
