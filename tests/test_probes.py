@@ -97,10 +97,10 @@ def test_words_are_common_and_clean():
     ("settings", "reason"),
     [
         ({"format": "yaml"}, "paper, json, lines"),
-        ({"values": "colours"}, "numbers, words"),
+        ({"values": "colours"}, "numbers, words, uuids"),
         ({"pairs": 0}, "pairs >= 1"),
         ({"pairs": 3, "shots": 3}, "more keys than the 3 pairs"),
-        ({"pairs": 101}, "100"),
+        ({"pairs": 1001}, "1000"),
         ({"words": ("one", "two"), "pairs": 3, "shots": 0}, "more words"),
         ({"values": ("1", "1"), "pairs": 2, "shots": 0}, "fewer pairs"),
     ],

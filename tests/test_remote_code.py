@@ -24,7 +24,8 @@ MODEL_ORDER = ["configuration_rad_hybrid", "ssd", "discrete_mamba2", "modeling_r
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
-    | {"head_map", "probes", "losses", "distill_config", "plots", "memory"},
+    | {"questions", "lookup_probes", "copy_probes", "asking", "probes"}
+    | {"head_map", "losses", "distill_config", "plots", "memory"},
     {"probe_rows", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "evaluation", "distill_trainer"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},

@@ -26,53 +26,52 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from modeling_rad_hybrid import CACHE_NAME
-from trainers.probes import (
-    EncodedAnswer,
-    Example,
-    Probe,
-    common_prefix,
-    is_correct,
-    left_padded,
-    probe_from_settings,
-    token_ids,
-)
+from trainers.asking import EncodedAnswer, common_prefix, is_correct, left_padded, token_accuracy, token_ids
+from trainers.probes import Example, Probe, probe_from_settings
 
 
 @dataclass(frozen=True)
 class ProbeTask:
     """
-    A retrieval probe, scored by exact match of the greedy answer.
+    A retrieval probe, scored by exact match of the greedy answer, or by the part of its tokens in their places.
 
     Args:
-        probe ([`~trainers.probes.KVRetrieval`] or [`~trainers.probes.PhoneBook`]):
+        probe ([`~trainers.probes.Probe`]):
             What is asked. With `queries` above 1 that many questions share a dictionary and its cost.
         num_examples (`int`, *optional*, defaults to `100`):
             Questions asked.
         trained_on (`bool`, *optional*, defaults to `False`):
             Whether training data held this format (other draws of it).
+        per_token (`bool`, *optional*, defaults to `False`):
+            Whether to count right tokens instead of right answers, as a long copy asks for.
     """
 
     probe: Probe
     num_examples: int = 100
     trained_on: bool = False
-    metric = "generated exact match"
+    per_token: bool = False
 
     def __post_init__(self):
         _check_count(self.num_examples)
 
     @property
     def name(self) -> str:
-        return self.probe.name
+        return f"{self.probe.name}-tokens" if self.per_token else self.probe.name
+
+    @property
+    def metric(self) -> str:
+        return "generated, tokens in place" if self.per_token else "generated exact match"
 
     def settings(self) -> dict:
         """Everything needed to make the task again with [`task_from_settings`]."""
-        return {"probe": self.probe.settings(), "num_examples": self.num_examples, "trained_on": self.trained_on}
+        settings = {"probe": self.probe.settings(), "num_examples": self.num_examples, "trained_on": self.trained_on}
+        return {**settings, "per_token": True} if self.per_token else settings
 
     def examples(self, seed: int) -> list[Example]:
         return self.probe.examples(self.num_examples, seed)
 
     def measure(self, model, tokenizer, batch_size: int, seed: int, progress: bool) -> float:
-        """Returns the share of right answers, between 0 and 1."""
+        """Returns the share of right answers, or of their tokens, between 0 and 1."""
         examples = self.examples(seed)
         longest = max(len(EncodedAnswer.of(tokenizer, example).target) for example in examples)
         texts = generate_greedy(
@@ -85,8 +84,10 @@ class ProbeTask:
             progress,
             self.name,
         )
-        correct = [is_correct(text, example.answer) for text, example in zip(texts, examples, strict=True)]
-        return sum(correct) / len(correct)
+        pairs = zip(texts, examples, strict=True)
+        if self.per_token:
+            return sum(token_accuracy(tokenizer, example, text) for text, example in pairs) / len(examples)
+        return sum(is_correct(text, example.answer) for text, example in pairs) / len(examples)
 
 
 @dataclass(frozen=True)
