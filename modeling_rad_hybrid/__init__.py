@@ -21,4 +21,11 @@ AutoConfig.register("rad_hybrid", RadHybridConfig)
 AutoModel.register(RadHybridConfig, RadHybridModel)
 AutoModelForCausalLM.register(RadHybridConfig, RadHybridForCausalLM)
 
-__all__ = ["AUTO_MAP", "CACHE_NAME", "RadHybridConfig", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]
+__all__ = [
+    "AUTO_MAP",
+    "CACHE_NAME",
+    "RadHybridConfig",
+    "RadHybridForCausalLM",
+    "RadHybridModel",
+    "RadHybridPreTrainedModel",
+]

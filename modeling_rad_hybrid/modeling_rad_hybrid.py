@@ -215,9 +215,7 @@ class RadHybridMixer(nn.Module):
         """Maps the normalised layer input `[B, T, D]` to `[B, T, D]` and the kept heads' attention weights, if any."""
         attended = weights = recurrent = None
         if self.attention is not None:
-            attended, weights = self.attention(
-                hidden_states, position_embeddings, attention_mask, cache, **kwargs
-            )
+            attended, weights = self.attention(hidden_states, position_embeddings, attention_mask, cache, **kwargs)
         if self.ssm is not None:
             recurrent = self.ssm(hidden_states, recurrent_mask, cache, seq_idx)
         if attended is None:

@@ -9,12 +9,11 @@ import pytest
 from trainers.data import (
     ProbeDocuments,
     Source,
-    held_out,
     held_out_batches,
     packed_dataset,
-    text_documents,
     token_batches,
 )
+from trainers.documents import held_out, text_documents
 from trainers.probes import KVRetrieval
 
 

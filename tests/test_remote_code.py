@@ -25,9 +25,9 @@ MODEL_ORDER = ["configuration_rad_hybrid", "ssd", "discrete_mamba2", "modeling_r
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"questions", "lookup_probes", "copy_probes", "asking", "probes"}
-    | {"head_map", "losses", "distill_config", "plots", "memory"},
+    | {"head_map", "losses", "distill_config", "plots", "memory", "documents"},
     {"probe_rows", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
-    {"conversion", "calibration", "student_heads", "data", "evaluation", "distill_trainer"}
+    {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},
     {"cli"},

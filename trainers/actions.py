@@ -130,7 +130,7 @@ def convert_student(workshop: Workshop, head_map: HeadMap | Path, folder: Path, 
         batches = token_batches(rows, CALIBRATION_ROWS)
         residuals = calibrate(workshop.teacher, student, batches, progress=workshop.progress)
     tokens = recipe.calibrate.tokens
-    stages = [{"stage": "calibration", "tokens": tokens, "probes": recipe.data.probes}] if tokens else []
+    stages = [{"stage": "calibration", "tokens": tokens, "probes": workshop.trained_probes}] if tokens else []
     training = {"tokens_trained": tokens, "stages": stages}
     save_student(student, workshop, folder, chosen, scores, training)
     return {"summary": summary(student, workshop.teacher), "residuals": residuals}
@@ -191,7 +191,7 @@ def train(
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
-    record_training(source, folder, stage, trainer.state.num_input_tokens_seen, workshop.recipe.data.probes)
+    record_training(source, folder, stage, trainer.state.num_input_tokens_seen, workshop.trained_probes)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 

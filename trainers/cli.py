@@ -92,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_steps(verbs)
+    _add_pack(verbs)
     _add_distill(verbs)
     _add_eval(verbs)
     _add_publish(verbs)
@@ -189,6 +190,30 @@ def _add_steps(verbs) -> None:
     parser.add_argument("--state-size", type=int, default=8, help="state size of a recurrent head (default: 8)")
     parser.add_argument("--tokens", type=int, default=50_000, help="tokens of the closed-form fit; 0: no fit")
     parser.add_argument("--text", help="text to fit on: file, folder or Hub data set (default: the excerpt)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_pack(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "pack",
+        "Tokenise a weighted mixture of texts, chats and probes once, into a folder that training reads.",
+        "smollm2 --out packed --length 1024 --tokens 50_000_000 --source corpus.jsonl.zst 0.8 --probe json 0.2",
+        "smollm2 --out packed --tokens 1_000_000 --config recipes/demo.yaml",
+    )
+    _add_teacher(parser)
+    parser.add_argument("--out", required=True, help="folder to write; it appears once it is whole")
+    parser.add_argument("--tokens", type=int, required=True, help="tokens of the whole")
+    parser.add_argument("--length", type=int, help="tokens of a row (default: the recipe's, or 512)")
+    parser.add_argument("--config", metavar="RECIPE", help="recipe whose `data` says what to mix")
+    pair = {"nargs": 2, "action": "append", "default": []}
+    parser.add_argument(
+        "--source", metavar=("TEXT", "WEIGHT"), help="file, folder or Hub data set, and weight", **pair
+    )
+    parser.add_argument(
+        "--chat", metavar=("TEXT", "WEIGHT"), help="the same, with conversations in `messages`", **pair
+    )
+    parser.add_argument("--probe", metavar=("FORMAT", "WEIGHT"), help="key-value probe: json, paper or lines", **pair)
     parser.add_argument("--seed", type=int, default=0)
 
 

@@ -1,5 +1,5 @@
 """
-Training data: documents from files, the Hub and probes, mixed by tokens and packed into rows of one length.
+Training data: documents (`trainers.documents`) and probes, mixed by tokens and packed into rows of one length.
 
     text, held = held_out(text_documents("corpus.jsonl.gz"))
     rows = packed_dataset(
@@ -12,24 +12,20 @@ Training data: documents from files, the Hub and probes, mixed by tokens and pac
 Rows are made once, beforehand: the same seed gives the same rows, and a resumed run finds the batch where it stopped.
 """
 
-import bz2
-import gzip
-import hashlib
 import itertools
-import json
-import lzma
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from trainers.documents import Document, DocumentStream
+from trainers.probes import probe_from_settings
 
-OPENERS = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+
 PROBE_BLOCK = 32
 
 
@@ -39,8 +35,10 @@ class Source:
     One part of a mixture.
 
     Args:
-        documents (`Iterable[str]`):
-            Texts. Read again from the start when they run out, so a one-way iterator must hold enough.
+        documents (`Iterable[Document]`):
+            Texts, or conversations (lists of messages) that the tokenizer's chat template renders and of which only
+            the assistant's tokens count in a loss. Read again from the start when they run out, so a one-way iterator
+            must hold enough.
         weight (`float`):
             Share of the mixture's tokens, relative to the other sources' weights.
         whole (`bool`, *optional*, defaults to `False`):
@@ -50,7 +48,7 @@ class Source:
             What errors call it.
     """
 
-    documents: Iterable[str]
+    documents: Iterable[Document]
     weight: float
     whole: bool = False
     name: str = "text"
@@ -75,130 +73,37 @@ class ProbeDocuments:
             yield from self.probe.documents(PROBE_BLOCK, seed=block)
 
 
-def text_documents(
-    source: str,
-    field: str = "text",
-    split: str = "train",
-    limit: int | None = None,
-    seed: int | None = None,
-) -> list[str]:
+# The keys of one source of a mixture in a recipe or on the command line.
+SOURCE_KEYS = {"text", "probe", "weight", "field", "split"}
+
+
+def source_from_settings(settings: dict, seed: int = 0) -> Source:
     """
-    Reads documents from a file, a folder of files or a Hub data set.
+    Makes a source of plain values.
 
     Args:
-        source (`str`):
-            A `.jsonl` file (one JSON object a line) or a `.txt` file (one document), either also as `.gz`, `.xz` or
-            `.bz2`; a folder of such files; otherwise a Hub data set, `org/name` or `org/name:configuration`.
-        field (`str`, *optional*, defaults to `"text"`):
-            Name of the field or column that holds the text.
-        split (`str`, *optional*, defaults to `"train"`):
-            Split of a Hub data set.
-        limit (`int`, *optional*):
-            Greatest number of documents. A Hub data set is streamed, so that no more than these are fetched.
-        seed (`int`, *optional*):
-            Shuffles the documents, before `limit` applies (a Hub data set within a buffer of 10,000).
-
-    Returns:
-        `list[str]`: the documents, empty ones left out.
+        settings (`dict`):
+            `weight`, and either `text` (a file, folder or Hub data set, with `field` and `split` as in
+            [`DocumentStream`]; a field that holds messages makes it chat data) or `probe` (settings as
+            [`~trainers.probes.probe_from_settings`] takes them).
+        seed (`int`, *optional*, defaults to 0):
+            Decides the order of the documents and the probe's draws.
 
     Raises:
-        `FileNotFoundError`: for a path that does not exist.
-        `ValueError`: for a file of another kind, a line that is not JSON, a missing field, or when nothing was found.
+        `ValueError`: for an unknown key, or when not exactly one of `text` and `probe` is there.
     """
-    path = Path(source)
-    if path.exists() or _looks_like_file(path):
-        documents = list(itertools.chain.from_iterable(_read_file(file, field) for file in _files(path)))
-        if seed is not None:
-            random.Random(seed).shuffle(documents)
-        documents = documents[:limit]
-    else:
-        documents = list(itertools.islice(_hub_documents(source, field, split, seed), limit))
-    if not documents:
-        raise ValueError(f"{source} holds no documents: every '{field}' is empty. Give other text.")
-    return documents
-
-
-def _looks_like_file(path: Path) -> bool:
-    return path.is_absolute() or path.suffix in {".jsonl", ".txt", *OPENERS} or str(path).startswith(".")
-
-
-def _files(path: Path) -> list[Path]:
-    if not path.exists():
-        raise FileNotFoundError(f"There is no file or folder {path}. Give a .jsonl or .txt file or a Hub data set.")
-    if path.is_file():
-        return [path]
-    files = sorted(file for file in path.iterdir() if file.is_file() and _kind(file) in {".jsonl", ".txt"})
-    if not files:
-        raise ValueError(f"The folder {path} holds no .jsonl or .txt file (also as .gz, .xz or .bz2).")
-    return files
-
-
-def _kind(file: Path) -> str:
-    return Path(file.stem).suffix if file.suffix in OPENERS else file.suffix
-
-
-def _read_file(file: Path, field: str) -> Iterator[str]:
-    if _kind(file) not in {".jsonl", ".txt"}:
-        raise ValueError(f"{file} is neither .jsonl nor .txt (also as .gz, .xz or .bz2). Convert it to one of these.")
-    with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as lines:
-        if _kind(file) == ".txt":
-            text = lines.read().strip()
-            if text:
-                yield text
-            return
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[field].strip()
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"Line {number} of {file} is no JSON object with a text under '{field}' ({error!r}). "
-                    "Name the field that holds the text."
-                ) from error
-            if text:
-                yield text
-
-
-def _hub_documents(source: str, field: str, split: str, seed: int | None) -> Iterator[str]:
-    name, _, configuration = source.partition(":")
-    dataset = load_dataset(name, configuration or None, split=split, streaming=True)
-    if dataset.column_names is not None and field not in dataset.column_names:
-        raise ValueError(f"The data set {source} has no column '{field}'; it has {', '.join(dataset.column_names)}.")
-    if seed is not None:
-        dataset = dataset.shuffle(seed=seed, buffer_size=10_000)
-    return (row[field].strip() for row in dataset if row[field] and row[field].strip())
-
-
-def held_out(documents: Iterable[str], share: float = 0.05) -> tuple[list[str], list[str]]:
-    """
-    Splits documents into training and held-out ones by a digest of each text.
-
-    The same text always falls on the same side, whatever the order or the rest of the corpus, so a document that
-    stands twice is never on both sides.
-
-    Args:
-        documents (`Iterable[str]`):
-            Texts.
-        share (`float`, *optional*, defaults to 0.05):
-            Share of the texts that is held out, on average.
-
-    Returns:
-        `tuple[list[str], list[str]]`: training documents and held-out documents, each in the given order.
-
-    Raises:
-        `ValueError`: when one side would be empty.
-    """
-    sides = ([], [])
-    for document in documents:
-        digest = int.from_bytes(hashlib.sha256(document.encode()).digest()[:6], "big")
-        sides[digest < share * 2**48].append(document)
-    if not all(sides):
+    unknown = sorted(set(settings) - SOURCE_KEYS)
+    if unknown or ("text" in settings) == ("probe" in settings):
         raise ValueError(
-            f"{len(sides[0]) + len(sides[1])} documents cannot be split with {share:.0%} held out: "
-            "one side stays empty. Give more documents or another share."
+            f"A source of the mixture is {settings}; it needs `weight` and exactly one of `text` and `probe`, and may "
+            "have `field` and `split`."
         )
-    return sides
+    weight = settings.get("weight", 1.0)
+    if "probe" in settings:
+        probe = probe_from_settings(settings["probe"])
+        return Source(ProbeDocuments(probe, seed), weight, whole=True, name=probe.name)
+    options = {key: settings[key] for key in ("field", "split") if key in settings}
+    return Source(DocumentStream(settings["text"], seed=seed, **options), weight, name=settings["text"])
 
 
 def packed_dataset(
@@ -232,10 +137,54 @@ def packed_dataset(
             Whether to show a progress bar.
 
     Returns:
-        [`~datasets.Dataset`]: columns `input_ids` and `labels` (equal), every row of `length` tokens.
+        [`~datasets.Dataset`]: columns `input_ids`, `labels` (equal, but -100 at what is not the assistant's in a
+        conversation) and `seq_lengths` (tokens of each document in the row), every row of `length` tokens.
 
     Raises:
         `ValueError`: for sources or sizes that cannot be mixed, a tokenizer without EOS, or a source that runs dry.
+    """
+    columns = {"input_ids": [], "labels": [], "seq_lengths": []}
+    for row in mixed_rows(tokenizer, sources, length, num_tokens, seed, progress):
+        columns["input_ids"].append(row.tokens)
+        columns["labels"].append([t if c else -100 for t, c in zip(row.tokens, row.counted, strict=True)])
+        columns["seq_lengths"].append(row.lengths)
+    return Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    One row of a packed mixture.
+
+    Args:
+        tokens (`list[int]`):
+            Token ids.
+        counted (`list[bool]`):
+            Whether each token counts in a loss.
+        lengths (`list[int]`):
+            Tokens of each document, in order; their sum is the row's length.
+    """
+
+    tokens: list[int]
+    counted: list[bool]
+    lengths: list[int]
+
+
+def mixed_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    sources: list[Source],
+    length: int,
+    num_tokens: int,
+    seed: int = 0,
+    progress: bool = True,
+    tally: list[dict] | None = None,
+) -> Iterator[Row]:
+    """
+    Yields the rows of [`packed_dataset`], whose arguments these are, one by one.
+
+    Args:
+        tally (`list[dict]`, *optional*):
+            Filled in the end with the `tokens` and `documents` that each source gave.
     """
     if not sources or any(source.weight <= 0 for source in sources):
         raise ValueError("A mixture needs at least one source, and weights above 0.")
@@ -249,12 +198,12 @@ def packed_dataset(
         raise ValueError("Every source is `whole`, so nothing can fill the ends of rows. Add one that may be cut.")
     rng = random.Random(seed)
     mixture = _Mixture([_TokenStream(tokenizer, source, length, rng) for source in sources])
-    rows = []
     with tqdm(total=num_tokens, unit="token", unit_scale=True, desc="packing", disable=not progress) as bar:
-        while len(rows) * length < num_tokens:
-            rows.append(mixture.row(length))
+        for _ in range(0, num_tokens, length):
+            yield mixture.row(length)
             bar.update(length)
-    return Dataset.from_dict({"input_ids": rows, "labels": rows})
+    if tally is not None:
+        tally += [{"tokens": stream.given, "documents": stream.begun} for stream in mixture.streams]
 
 
 class _TokenStream:
@@ -264,22 +213,25 @@ class _TokenStream:
         self.tokenizer, self.source, self.length, self.rng = tokenizer, source, length, rng
         self.documents = iter(source.documents)
         self.pending: list[int] = []
-        self.given = 0
+        self.counted: list[bool] = []
+        self.given = self.begun = 0
 
     def peek(self) -> list[int]:
         """The document in hand, or what is left of it."""
-        if not self.pending:
-            self.pending = self._window(self._next_document())
+        while not self.pending:
+            self.pending, self.counted = self._window(*self._next_document())
+            self.begun += 1
         return self.pending
 
-    def take(self, room: int) -> list[int]:
+    def take(self, room: int) -> tuple[list[int], list[bool]]:
         """At most `room` tokens of the document in hand; the rest stays in hand, unless it is `whole`."""
-        tokens = self.peek()[:room]
+        tokens, counted = self.peek()[:room], self.counted[:room]
         self.pending = [] if self.source.whole else self.pending[room:]
+        self.counted = self.counted[room:]
         self.given += len(tokens)
-        return tokens
+        return tokens, counted
 
-    def _next_document(self) -> list[int]:
+    def _next_document(self) -> tuple[list[int], list[bool]]:
         document = next(self.documents, None)
         if document is None:
             self.documents = iter(self.source.documents)
@@ -289,26 +241,54 @@ class _TokenStream:
                 f"The source '{self.source.name}' ran dry after {self.given} tokens and cannot be read again. "
                 "Give it as a list, or ask for fewer tokens."
             )
+        if not isinstance(document, str):
+            return chat_tokens(self.tokenizer, document)
         # A document of more characters than this is longer than a row in any tokenizer; no need to encode all of it.
         most = 32 * self.length
         if len(document) > most and not self.source.whole:
             start = self.rng.randrange(len(document) - most + 1)
             document = document[start : start + most]
         tokens = self.tokenizer(document, verbose=False).input_ids
-        if tokens and tokens[-1] == self.tokenizer.eos_token_id:
-            return tokens
-        return [*tokens, self.tokenizer.eos_token_id]
+        if not tokens or tokens[-1] != self.tokenizer.eos_token_id:
+            tokens = [*tokens, self.tokenizer.eos_token_id]
+        return tokens, [True] * len(tokens)
 
-    def _window(self, tokens: list[int]) -> list[int]:
+    def _window(self, tokens: list[int], counted: list[bool]) -> tuple[list[int], list[bool]]:
         if len(tokens) <= self.length:
-            return tokens
+            return tokens, counted
         if self.source.whole:
             raise ValueError(
                 f"A document of the source '{self.source.name}' has {len(tokens)} tokens and cannot stand whole in a "
                 f"row of {self.length}. Use longer rows or a smaller probe."
             )
         start = self.rng.randrange(len(tokens) - self.length + 1)
-        return tokens[start : start + self.length]
+        return tokens[start : start + self.length], counted[start : start + self.length]
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, messages: list[dict]) -> tuple[list[int], list[bool]]:
+    """
+    Tokens of a conversation in the tokenizer's chat template, and which of them the assistant wrote.
+
+    What an assistant's message adds to the text rendered with a generation prompt before it is the assistant's, its
+    end-of-turn token with it, so no template needs marks of its own.
+
+    Raises:
+        `ValueError`: for a template that renders earlier messages differently once later ones are there.
+    """
+    text, spans = tokenizer.apply_chat_template(messages, tokenize=False), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = tokenizer.apply_chat_template(messages[:number], tokenize=False, add_generation_prompt=True)
+            until = tokenizer.apply_chat_template(messages[: number + 1], tokenize=False)
+            if not until.startswith(before) or not text.startswith(until):
+                raise ValueError(
+                    "The tokenizer's chat template renders earlier messages differently once later ones are there, so "
+                    "the assistant's tokens cannot be told. Cut the conversations to one answer each."
+                )
+            spans.append((len(before), len(until)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    counted = [any(first <= start < last for first, last in spans) for start, _ in encoded.offset_mapping]
+    return encoded.input_ids, counted
 
 
 class _Mixture:
@@ -317,11 +297,14 @@ class _Mixture:
     def __init__(self, streams: list[_TokenStream]):
         self.streams = streams
 
-    def row(self, length: int) -> list[int]:
-        row: list[int] = []
-        while len(row) < length:
-            room = length - len(row)
-            row += self._next(room).take(room)
+    def row(self, length: int) -> Row:
+        row = Row([], [], [])
+        while len(row.tokens) < length:
+            room = length - len(row.tokens)
+            tokens, counted = self._next(room).take(room)
+            row.tokens.extend(tokens)
+            row.counted.extend(counted)
+            row.lengths.append(len(tokens))
         return row
 
     def _next(self, room: int) -> _TokenStream:

@@ -12,12 +12,14 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from datasets import Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from trainers.actions import record_training
 from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
+from trainers.packing import Manifest, load_packed
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
 
 
@@ -37,6 +39,8 @@ class DistillArguments:
             Formats of key-value retrieval to mix in: `json`, `paper`, `lines`.
         probe_share (`float`, *optional*, defaults to `0.25`):
             Share of the tokens that comes from them.
+        packed (`str`, *optional*):
+            Folder that `hf-rad pack` wrote, instead of all of these.
 
     `--resume_from_checkpoint last` goes on from the newest whole checkpoint of `output_dir`, if there is one.
     """
@@ -50,6 +54,7 @@ class DistillArguments:
         default=None, metadata={"help": "Formats of key-value retrieval to mix in: json, paper, lines."}
     )
     probe_share: float = field(default=0.25, metadata={"help": "Share of the tokens that comes from probes."})
+    packed: str | None = field(default=None, metadata={"help": "Folder of `hf-rad pack`, instead of text and probes."})
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -70,6 +75,25 @@ def main(arguments: list[str] | None = None) -> Path:
         raise ValueError("There is no teacher: name it with --teacher_model_name_or_path.")
     source, folder = script_args.model_name_or_path, Path(training_args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(source)
+    rows, probes = training_rows(script_args, training_args, tokenizer)
+    trainer = RadDistillationTrainer(source, resolve_teacher(teacher), training_args, rows, processing_class=tokenizer)
+    resume = training_args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        record_training(source, folder, training_args.stage, trainer.state.num_input_tokens_seen, probes)
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
+    return folder
+
+
+def training_rows(
+    script_args: DistillArguments, training_args: RadDistillationConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Dataset, list[dict]]:
+    """The rows that the arguments ask for, and the settings of the probes among them."""
+    if script_args.packed is not None:
+        manifest = Manifest.load(script_args.packed)
+        return load_packed(script_args.packed, tokenizer), manifest.probes
     probes = [{"name": "kv", "format": probe_format} for probe_format in script_args.probe_formats or []]
     rows = mixture_rows(
         tokenizer,
@@ -81,15 +105,7 @@ def main(arguments: list[str] | None = None) -> Path:
         training_args.seed,
         not training_args.disable_tqdm,
     )
-    trainer = RadDistillationTrainer(source, resolve_teacher(teacher), training_args, rows, processing_class=tokenizer)
-    resume = training_args.resume_from_checkpoint
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
-    trainer.save_model()
-    if trainer.is_world_process_zero():
-        record_training(source, folder, training_args.stage, trainer.state.num_input_tokens_seen, probes)
-    if training_args.push_to_hub:
-        trainer.push_to_hub()
-    return folder
+    return rows, probes
 
 
 if __name__ == "__main__":

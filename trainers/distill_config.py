@@ -35,6 +35,9 @@ class RadDistillationConfig(SFTConfig):
             kept heads) or `.mlp.`.
         train_embeddings (`bool`, *optional*, defaults to `False`):
             Whether embeddings and head train in the distillation stage. Frozen they stay the teacher's own.
+        isolate_documents (`bool`, *optional*, defaults to `True`):
+            Whether documents that share a packed row are kept apart, in the teacher's attention as in the student's
+            heads, where the rows tell their documents' lengths (column `seq_lengths`).
 
         > Parameters that control the teacher
 
@@ -98,10 +101,10 @@ class RadDistillationConfig(SFTConfig):
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
     )
-    include_num_input_tokens_seen: str | bool = field(
-        default="non_padding", metadata={"help": "Which input tokens to count: all, non_padding or no."}
+    # Of the parent's `str | bool` a command line could only read the bool.
+    include_num_input_tokens_seen: str | None = field(
+        default=None, metadata={"help": "Which input tokens to count: all, non_padding (default) or no."}
     )
-
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Order of the rows: sequential, random or group_by_length."}
     )
@@ -116,6 +119,10 @@ class RadDistillationConfig(SFTConfig):
     )
     train_embeddings: bool = field(
         default=False, metadata={"help": "Whether embeddings and head train in the distillation stage."}
+    )
+
+    isolate_documents: bool = field(
+        default=True, metadata={"help": "Whether documents that share a packed row are kept apart."}
     )
 
     # Parameters that control the teacher
@@ -158,6 +165,8 @@ class RadDistillationConfig(SFTConfig):
             self.bf16 = not self.fp16 and fast_dtype("cpu" if on_cpu else "cuda") is torch.bfloat16
         # Pinned memory serves copies to an accelerator; without one torch warns at every epoch.
         self.dataloader_pin_memory = self.dataloader_pin_memory and not on_cpu
+        if self.include_num_input_tokens_seen is None:
+            self.include_num_input_tokens_seen = "non_padding"
         if self.max_grad_norm is None:
             self.max_grad_norm = 0.0 if aligning else 1.0
         if self.mixer_learning_rate is None:

@@ -36,6 +36,7 @@ from trl.models import prepare_deepspeed
 from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM
 from trainers.distill_config import RadDistillationConfig
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
+from trainers.packing import DocumentCollator
 from trainers.precision import resolve_dtype
 from trainers.teachers import load_teacher, teacher_identity
 from trainers.trl_compat import redirect_forward
@@ -182,11 +183,19 @@ class RadDistillationTrainer(SFTTrainer):
             model = RadHybridForCausalLM.from_pretrained(model, **kwargs)
         teacher = self._load_teacher(teacher_model, args)
         self._check_pair(model, teacher)
+        collator = None
+        if args.isolate_documents and not args.packing and "seq_lengths" in (train_dataset.column_names or []):
+            # The rows are ready; preparing them would copy them all.
+            collator = DocumentCollator()
+            args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+            # Rows without padding; where padding and end of text are one token, the other count would miss it.
+            args.include_num_input_tokens_seen = "all"
         # Before the parent's constructor: the optimizer and DDP take the parameters as they find them.
         self._freeze(model, args)
         super().__init__(
             model=model,
             args=args,
+            data_collator=collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -248,6 +257,11 @@ class RadDistillationTrainer(SFTTrainer):
                 f"Nothing would train in the {args.stage} stage: the student has no converted head, or frozen_parts "
                 f"({args.frozen_parts}) covers everything."
             )
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, DocumentCollator) and "completion_mask" not in self._signature_columns:
+            self._signature_columns.append("completion_mask")
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As the parent's, with the recurrent heads in groups of their own rate."""

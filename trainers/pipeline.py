@@ -28,6 +28,7 @@ from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
 from trainers.head_scoring import HeadScores
 from trainers.local_hub import publish_to_local_hub
+from trainers.packing import Manifest
 from trainers.plots import accuracy_bars
 from trainers.probes import probe_from_settings
 from trainers.publish import publish
@@ -64,8 +65,11 @@ class Pipeline:
         self.out = Path(recipe.out)
         self.workshop = Workshop(recipe, progress=not quiet)
         self.console = Console(quiet=quiet)
-        self.suite = actions.suite(recipe.eval.tasks, recipe.data.probes if recipe.data.probe_share else [])
-        self.text = [_stamp(source) for source in (recipe.data.text, recipe.data.held_out_text)]
+        self.suite = actions.suite(recipe.eval.tasks, self.workshop.trained_probes)
+        files = [recipe.data.text, recipe.data.held_out_text, *(source.get("text") for source in recipe.data.sources)]
+        self.text = [_stamp(source) for source in files]
+        if recipe.data.packed:
+            self.text.append(Manifest.load(recipe.data.packed).digest)
 
     def steps(self) -> list[Step]:
         """Lists the steps in the order they are walked. Nothing is loaded yet."""
@@ -155,7 +159,7 @@ class Pipeline:
     def _stages(self) -> list[tuple[str, str, StageSettings]]:
         """(stage and folder, folder it starts from, settings) of the training stages that the recipe asks for."""
         stages, source = [], "student"
-        for name, settings in (("alignment", self.recipe.align), ("distillation", self.recipe.distill)):
+        for name, settings in self.recipe.stages():
             if settings.tokens:
                 stages.append((name, source, settings))
                 source = name

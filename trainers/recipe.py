@@ -137,6 +137,12 @@ class DataSettings:
             Share of the tokens that comes from probes.
         length (`int`, *optional*, defaults to `512`):
             Tokens of one training sequence.
+        sources (`list[dict]`, *optional*):
+            A weighted mixture instead of `text` and `probes`: sources as
+            [`~trainers.data.source_from_settings`] takes them.
+        packed (`str`, *optional*):
+            Folder that `hf-rad pack` wrote, instead of all of these: its rows are calibrated and trained on, each
+            step going on where the one before ended.
     """
 
     text: str | None = None
@@ -144,12 +150,26 @@ class DataSettings:
     probes: list[dict] = field(default_factory=list)
     probe_share: float = 0.4
     length: int = 512
+    sources: list[dict] = field(default_factory=list)
+    packed: str | None = None
 
     def __post_init__(self):
+        if self.sources and (self.probes or self.text):
+            raise ValueError("data.sources excludes data.text and data.probes; name all of them as sources.")
+        if self.packed and (self.sources or self.probes):
+            raise ValueError("data.packed excludes data.sources and data.probes: its rows hold what they hold.")
         if not 0 <= self.probe_share < 1:
             raise ValueError(f"data.probe_share is {self.probe_share}; it must be at least 0 and below 1.")
         if self.length < 2:
             raise ValueError(f"data.length is {self.length}; a sequence needs at least 2 tokens.")
+
+    def mixture(self, default_text: str) -> list[dict]:
+        """The sources of the mixture as plain values; `default_text` stands in where no text is named."""
+        if self.sources:
+            return self.sources
+        share = self.probe_share if self.probes else 0.0
+        text = {"text": self.text or default_text, "weight": 1 - share}
+        return [text, *({"probe": probe, "weight": share / len(self.probes)} for probe in self.probes if share)]
 
 
 @dataclass(frozen=True)
@@ -305,6 +325,16 @@ class Recipe:
             return cls.from_dict(yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader))
         except (ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    def stages(self) -> list[tuple[str, StageSettings]]:
+        """Name and settings of every training stage, in their order, those without tokens too."""
+        return [("alignment", self.align), ("distillation", self.distill)]
+
+    def trained_probes(self) -> list[dict]:
+        """Settings of the probes in the training data; those of a packed folder stand in its manifest."""
+        if self.data.sources:
+            return [source["probe"] for source in self.data.sources if "probe" in source]
+        return self.data.probes if self.data.probe_share else []
 
     def to_dict(self) -> dict:
         """Returns plain values that [`Recipe.from_dict`] reads back."""

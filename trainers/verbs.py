@@ -83,6 +83,40 @@ def convert(args: argparse.Namespace) -> None:
     _show(args, {"student": args.out, **({} if args.format == "human" else outcome)})
 
 
+def pack(args: argparse.Namespace) -> None:
+    """Packs training data."""
+    from trainers import packing
+    from trainers.data import source_from_settings
+    from trainers.recipe import DataSettings, Recipe
+    from trainers.workshop import EXCERPT
+
+    workshop = _workshop(args)
+    data = Recipe.load(args.config).data if args.config else DataSettings()
+    sources = [{"text": text, "weight": float(weight)} for text, weight in args.source]
+    sources += [{"text": text, "weight": float(weight), "field": "messages"} for text, weight in args.chat]
+    for probe_format, weight in args.probe:
+        sources.append({"probe": {"name": "kv", "format": probe_format}, "weight": float(weight)})
+    settings = sources or data.mixture(str(EXCERPT / "train.jsonl.xz"))
+    manifest = packing.pack(
+        args.out,
+        workshop.tokenizer,
+        [source_from_settings(source, args.seed) for source in settings],
+        settings,
+        args.length or data.length,
+        args.tokens,
+        args.seed,
+        workshop.teacher_name,
+        workshop.progress,
+    )
+    rows = [
+        {"source": source.get("text") or source["probe"]["name"], **given, "share": given["tokens"] / manifest.tokens}
+        for source, given in zip(manifest.sources, manifest.given, strict=True)
+    ]
+    facts = {"packed": args.out, "tokens": manifest.tokens, "rows": manifest.rows, "digest": manifest.digest}
+    facts["megabytes"] = round(sum(file["bytes"] for file in manifest.files) / 1e6, 1)
+    _show(args, facts, "Sources", rows)
+
+
 def distill(args: argparse.Namespace) -> None:
     """Trains one stage."""
     from trainers.distill import main
@@ -305,6 +339,7 @@ VERBS = {
     "score": score,
     "select": select,
     "convert": convert,
+    "pack": pack,
     "distill": distill,
     "eval": evaluate,
     "publish": publish,

@@ -10,16 +10,20 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
+import math
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.data import ProbeDocuments, Source, held_out, packed_dataset, text_documents
+from trainers.data import ProbeDocuments, Source, packed_dataset, source_from_settings
+from trainers.documents import held_out, text_documents
 from trainers.head_map import TeacherShape
+from trainers.packing import Manifest, load_packed
 from trainers.precision import fast_dtype
 from trainers.probes import probe_from_settings
 from trainers.recipe import Recipe
@@ -108,11 +112,17 @@ class Workshop:
         """The teacher in float32."""
         return self.teacher_in(torch.float32)
 
-    @property
+    @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer."""
-        self.teacher_in(torch.float32)
-        return self._teachers[torch.float32][1]
+        """The teacher's tokenizer; for a GGUF file, which holds both, the teacher is loaded with it."""
+        path = Path(self.teacher_path)
+        if path.exists() and not (path / "tokenizer_config.json").is_file():
+            self.teacher_in(torch.float32)
+            return self._teachers[torch.float32][1]
+        tokenizer = AutoTokenizer.from_pretrained(self.teacher_path, revision=self.recipe.teacher_revision)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     @contextlib.contextmanager
     def stage_teacher(self, stage: str, num_tokens: int) -> Iterator[PreTrainedModel]:
@@ -142,6 +152,12 @@ class Workshop:
         """Name and head layout of the teacher."""
         return TeacherShape.from_config(self.teacher.config, self.teacher_name, self.recipe.teacher_revision)
 
+    @property
+    def trained_probes(self) -> list[dict]:
+        """Settings of the probes in the training data."""
+        packed = self.recipe.data.packed
+        return Manifest.load(packed).probes if packed else self.recipe.trained_probes()
+
     @functools.cached_property
     def _documents(self) -> tuple[list[str], list[str]]:
         return text_and_held_out(self.recipe.data.text, self.recipe.data.held_out_text)
@@ -157,7 +173,12 @@ class Workshop:
                 Name of the step the rows are for: each has draws of its own, whatever the order of the steps.
         """
         data = self.recipe.data
+        if data.packed:
+            return self._packed_rows(num_tokens, purpose)
         seed = int.from_bytes(hashlib.sha256(f"{purpose} {self.recipe.seed}".encode()).digest()[:4], "big")
+        if data.sources:
+            sources = [source_from_settings(settings, seed) for settings in data.sources]
+            return packed_dataset(self.tokenizer, sources, data.length, num_tokens, seed, self.progress)
         return mixture_rows(
             self.tokenizer,
             self._documents[0],
@@ -168,6 +189,21 @@ class Workshop:
             seed,
             self.progress,
         )
+
+    def _packed_rows(self, num_tokens: int, purpose: str) -> Dataset:
+        """Rows of the packed folder: each step goes on where the one before ended, from the start again at the end."""
+        recipe, data = self.recipe, self.recipe.data
+        length = Manifest.load(data.packed).length
+        if length != data.length:
+            raise ValueError(
+                f"data.length is {data.length}, but the rows of {data.packed} have {length} tokens. Write "
+                f"data.length: {length}."
+            )
+        rows = load_packed(data.packed, self.tokenizer)
+        budgets = {"calibration": recipe.calibrate.tokens, **{name: s.tokens for name, s in recipe.stages()}}
+        before = itertools.takewhile(lambda item: item[0] != purpose, budgets.items())
+        start = sum(math.ceil(tokens / length) for _, tokens in before)
+        return rows.select([(start + i) % len(rows) for i in range(math.ceil(num_tokens / length))])
 
     def held_out_rows(self, num_tokens: int) -> Dataset:
         """Packs text that no student is trained on."""
