@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import TrainerCallback
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.calibration import calibrate
@@ -158,7 +159,13 @@ def load_student(folder: Path | str, dtype: torch.dtype = torch.float32) -> RadH
 
 
 def train(
-    workshop: Workshop, source: Path, folder: Path, stage: str, settings: StageSettings, resume: bool = False
+    workshop: Workshop,
+    source: Path,
+    folder: Path,
+    stage: str,
+    settings: StageSettings,
+    resume: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
 ) -> None:
     """
     Trains one stage of a student and writes the outcome.
@@ -176,6 +183,8 @@ def train(
             Tokens, batch and further arguments of the trainer.
         resume (`bool`, *optional*, defaults to `False`):
             Whether to go on from the newest checkpoint in `folder`; otherwise what is there is deleted.
+        callbacks (`list` of [`~transformers.TrainerCallback`], *optional*):
+            Further callbacks of the trainer.
     """
     if folder.exists() and not resume:
         shutil.rmtree(folder)
@@ -188,6 +197,7 @@ def train(
             training_arguments(workshop, folder, stage, settings),
             rows,
             processing_class=workshop.tokenizer,
+            callbacks=callbacks,
         )
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
