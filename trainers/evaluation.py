@@ -4,7 +4,8 @@ Evaluation of a teacher and its students: retrieval tasks, loss on held-out text
 
 Coverage is the paper's summary (section 5, https://huggingface.co/papers/2602.11374): the mean over tasks of the
 student's score divided by the teacher's. A task the teacher itself hardly solves would put noise in the denominator,
-so tasks where it scores below a stated floor are left out, and the report names them.
+so tasks where it scores below a stated floor, or no better than guessing, are left out, and the report names them.
+Multiple choice, which a student solves by what it knows, also has a mean of its own, beside that of retrieval.
 
     suite = [task_from_settings({"probe": {"name": "kv", "format": "json"}, "trained_on": True})]
     teacher_results = evaluate(teacher, tokenizer, suite, text=held_out)
@@ -26,7 +27,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 
 from trainers.memory import cache_bytes
-from trainers.tasks import Task
+from trainers.tasks import ChoiceTask, Task
 
 
 SCHEMA_VERSION = 1
@@ -65,7 +66,8 @@ def evaluate(
 
     Returns:
         `dict`: `{"results": {task: {"score", "metric", "examples", "trained_on"}}, "text_loss": float or None,
-        "cache_bytes": {"2048": int, "8192": int}}`, the cache in bytes for one sequence in bfloat16.
+        "cache_bytes": {"2048": int, "8192": int}}`, the cache in bytes for one sequence in bfloat16. Multiple choice has
+        its `chance` in its result.
     """
     names = [task.name for task in suite]
     if len(set(names)) != len(names):
@@ -80,6 +82,8 @@ def evaluate(
             "examples": task.num_examples,
             "trained_on": task.trained_on,
         }
+        if isinstance(task, ChoiceTask):
+            results[task.name]["chance"] = task.chance(seed)
     loss = None if text is None else text_loss(model, text, progress)
     model.train(was_training)
     return {
@@ -135,24 +139,42 @@ def coverage(student: dict, teacher: dict, floor: float = 0.2) -> dict:
         teacher (`dict`):
             `results` of the teacher, on the same tasks.
         floor (`float`, *optional*, defaults to `0.2`):
-            Tasks where the teacher scores less are left out.
+            Tasks where the teacher scores less are left out, as is multiple choice where it is not above chance by two
+            standard errors.
 
     Returns:
         `dict`: `{"value", "tasks", "left_out", "floor", "held_out"}`; `value` is the mean over all `tasks`, `held_out`
-        the mean over those that no training data contained. Either is `None` where there is no such task.
+        the mean over those that no training data contained. Where there is multiple choice, `retrieval` and `choices`
+        are the means over the other tasks and over those. Each is `None` where there is no such task.
     """
     if set(student) != set(teacher):
         raise ValueError(f"Coverage needs the same tasks: student {sorted(student)}, teacher {sorted(teacher)}.")
-    tasks = [name for name, result in teacher.items() if result["score"] >= max(floor, 1e-9)]
+    tasks = [name for name, result in teacher.items() if result["score"] >= max(_least(result, floor), 1e-9)]
     ratios = {name: student[name]["score"] / teacher[name]["score"] for name in tasks}
-    held_out = [ratio for name, ratio in ratios.items() if not teacher[name]["trained_on"]]
-    return {
-        "value": sum(ratios.values()) / len(ratios) if ratios else None,
+    covered = {
+        "value": _mean(ratios.values()),
         "tasks": tasks,
         "left_out": [name for name in teacher if name not in ratios],
         "floor": floor,
-        "held_out": sum(held_out) / len(held_out) if held_out else None,
+        "held_out": _mean(ratio for name, ratio in ratios.items() if not teacher[name]["trained_on"]),
     }
+    if any("chance" in result for result in teacher.values()):
+        covered["retrieval"] = _mean(ratio for name, ratio in ratios.items() if "chance" not in teacher[name])
+        covered["choices"] = _mean(ratio for name, ratio in ratios.items() if "chance" in teacher[name])
+    return covered
+
+
+def _least(result: dict, floor: float) -> float:
+    """The score from which on a teacher's result counts."""
+    chance = result.get("chance")
+    if chance is None:
+        return floor
+    return max(floor, chance + 2 * (chance * (1 - chance) / result["examples"]) ** 0.5)
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    values = list(values)
+    return sum(values) / len(values) if values else None
 
 
 def make_report(
@@ -189,8 +211,8 @@ def make_report(
     Returns:
         `dict`: `{"schema_version", "command", "date", "hardware", "versions", "seed", "teacher": {"name", "results",
         "text_loss", "cache_bytes"}, "student": {the same, "kept_heads", "tokens_trained"}, "controls": {name: {as the
-        student, "coverage"}}, "coverage": {"value", "tasks", "left_out", "floor", "held_out"}, "tasks": {name:
-        settings}}`.
+        student, "coverage"}}, "coverage": {"value", "tasks", "left_out", "floor", "held_out"} and more, see
+        [`coverage`], "tasks": {name: settings}}`.
     """
     measured = {
         name: {**values, "coverage": coverage(values["results"], teacher["results"], floor)}
@@ -237,6 +259,9 @@ def comparison_table(report: dict, title: str = "") -> Table:
     covered = [*(control["coverage"] for control in report["controls"].values()), report["coverage"]]
     table.add_row("coverage, all tasks", "", "1.00", *(_number(item["value"], 2) for item in covered))
     table.add_row("coverage, held-out tasks", "", "1.00", *(_number(item["held_out"], 2) for item in covered))
+    if "retrieval" in report["coverage"]:
+        table.add_row("coverage, retrieval", "", "1.00", *(_number(item["retrieval"], 2) for item in covered))
+        table.add_row("coverage, multiple choice", "", "1.00", *(_number(item["choices"], 2) for item in covered))
     for tokens in CACHE_TOKENS:
         sizes = (model["cache_bytes"][str(tokens)] / 1e6 for model in models)
         table.add_row(f"cache at {tokens // 1024}k tokens (MB, bf16)", "", *(f"{size:.2f}" for size in sizes))
@@ -276,4 +301,4 @@ def _left_out(covered: dict) -> str | None:
     if not covered["left_out"]:
         return None
     names = ", ".join(covered["left_out"])
-    return f"Coverage leaves out {names}: the teacher itself scores below {covered['floor']} there."
+    return f"Coverage leaves out {names}: the teacher itself scores below {covered['floor']} there, or no better than guessing."

@@ -221,9 +221,14 @@ def coverage_sentence(report: dict) -> str:
     )
     if covered.get("held_out") is not None:
         text += f"; over the tasks that no training data contained: **{covered['held_out']:.1%}**"
+    if covered.get("retrieval") is not None and covered.get("choices") is not None:
+        text += (
+            f"; over retrieval alone: **{covered['retrieval']:.1%}**, over multiple choice: {covered['choices']:.1%}"
+        )
     if covered.get("left_out"):
         names = ", ".join(covered["left_out"])
-        text += f". Left out, because the teacher itself scores below {covered.get('floor')}: {names}"
+        guessing = ", or no better than guessing" if "choices" in covered else ""
+        text += f". Left out, because the teacher itself scores below {covered.get('floor')}{guessing}: {names}"
     return text + "."
 
 

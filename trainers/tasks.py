@@ -194,6 +194,11 @@ class ChoiceTask:
         values = asdict(self)
         return {"choices": values.pop("path"), **values}
 
+    def chance(self, seed: int) -> float:
+        """The score that guessing gets on the questions of this seed."""
+        examples = self.examples(seed)
+        return sum(1 / len(pairs) for pairs, _ in examples) / len(examples)
+
     def examples(self, seed: int) -> list[tuple[list[tuple[str, str]], int]]:
         """Draws `num_examples` of ((context, continuation) for each choice, index of the right one)."""
         rows = list(read_rows(self.path))

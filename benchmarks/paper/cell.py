@@ -262,6 +262,8 @@ def make_cell(
             start = folder / "alignment"
     if recipe.distill.tokens and not (folder / "distillation" / actions.TRAINING).exists():
         began = time.monotonic()
+        # Packed rows are read on from where the stage before ended; all students shall read the same ones here.
+        workshop.recipe = dataclasses.replace(recipe, align=dataclasses.replace(recipe.align, tokens=0))
         rates = distill(workshop, start, folder, snapshots, watch, compiled)
         seconds["distillation"] = time.monotonic() - began
         write_json(

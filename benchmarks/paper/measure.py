@@ -11,17 +11,18 @@ looks where a student's retrieval sits: its heads ablated, kept ones singly and 
 
 import argparse
 import dataclasses
+import datetime
 import time
 from pathlib import Path
 
-from trainers.student_heads import locate_retrieval
-
 from benchmarks.paper.cell import RECIPE
 from trainers import actions
+from trainers.evaluation import hardware, versions
 from trainers.files import write_json
 from trainers.precision import resolve_dtype
 from trainers.probes import KVRetrieval, PhoneBook
 from trainers.recipe import Recipe
+from trainers.student_heads import locate_retrieval
 from trainers.tasks import ChoiceTask
 from trainers.workshop import Workshop, default_device
 
@@ -34,7 +35,7 @@ ABLATED_EXAMPLES = 100
 def measure(name: str, recipe: Recipe, out: Path, curve: bool = False, ablate: bool = False) -> None:
     """
     Measures the teacher (`name` is `"teacher"`) or the student of a folder and writes what
-    [`trainers.actions.measure_student`] gives, with `seconds` added.
+    [`trainers.actions.measure_student`] gives, with the settings of the tasks and how it was measured.
     """
     workshop, began = Workshop(recipe, progress=False), time.monotonic()
     suite = actions.suite(recipe.eval.tasks, recipe.data.probes)
@@ -48,6 +49,8 @@ def measure(name: str, recipe: Recipe, out: Path, curve: bool = False, ablate: b
         measured = actions.measure_teacher(workshop, suite)
     else:
         measured = actions.measure_student(workshop, name, suite)
+    measured |= {"tasks": {task.name: task.settings() for task in suite}, "seed": recipe.seed}
+    measured |= {"hardware": hardware(), "versions": versions(), "date": datetime.date.today().isoformat()}
     measured["seconds"] = round(time.monotonic() - began, 1)
     write_json(out, measured)
     print(f"{name}: measured in {measured['seconds']} s", flush=True)
