@@ -25,7 +25,7 @@ from transformers import TrainerCallback
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers import actions
 from trainers.distill_trainer import NonFiniteError
-from trainers.evaluation import evaluate
+from trainers.evaluation import evaluate, hardware
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
 from trainers.head_scoring import HeadScores
@@ -260,20 +260,18 @@ def make_cell(
                 actions.train(workshop, start, folder / "alignment", "alignment", recipe.align, resume=True)
                 seconds["alignment"] = time.monotonic() - began
             start = folder / "alignment"
-    if recipe.distill.tokens and not (folder / "distillation" / actions.TRAINING).exists():
+    if not recipe.distill.tokens or (folder / "cell.json").exists():
+        return
+    rates = [recipe.distill.arguments["mixer_learning_rate"], recipe.distill.arguments["learning_rate"]]
+    if not (folder / "distillation" / actions.TRAINING).exists():
         began = time.monotonic()
         # Packed rows are read on from where the stage before ended; all students shall read the same ones here.
         workshop.recipe = dataclasses.replace(recipe, align=dataclasses.replace(recipe.align, tokens=0))
         rates = distill(workshop, start, folder, snapshots, watch, compiled)
         seconds["distillation"] = time.monotonic() - began
-        write_json(
-            folder / "cell.json",
-            {**dataclasses.asdict(cell), "rates": rates, "align": recipe.align.tokens}
-            | {
-                "distill": recipe.distill.tokens,
-                "seconds": {name: round(value, 1) for name, value in seconds.items()},
-            },
-        )
+    budget = {"align_tokens": recipe.align.tokens, "distill_tokens": recipe.distill.tokens, "rates": rates}
+    timing = {"seconds": {name: round(value, 1) for name, value in seconds.items()}, "hardware": hardware()}
+    write_json(folder / "cell.json", {**dataclasses.asdict(cell), **budget, **timing})
 
 
 def distill(
