@@ -204,15 +204,23 @@ class Compile(TrainerCallback):
             layer.compile()
 
 
-def cell_recipe(recipe: Recipe, cell: Cell, align_tokens: int, distill_tokens: int, rates: list[float]) -> Recipe:
+def cell_recipe(
+    recipe: Recipe,
+    cell: Cell,
+    align_tokens: int,
+    distill_tokens: int,
+    rates: list[float],
+    micro_batch: int | None = None,
+) -> Recipe:
     """The recipe of one cell: that of the good student with the cell's state size, budget and rates."""
-    arguments = dict(recipe.distill.arguments)
+    at_once = {} if micro_batch is None else {"per_device_train_batch_size": micro_batch}
+    arguments = recipe.distill.arguments | at_once
     if rates:
         arguments |= {"mixer_learning_rate": rates[0], "learning_rate": rates[1]}
     return dataclasses.replace(
         recipe,
         convert=dataclasses.replace(recipe.convert, state_size=cell.state_size),
-        align=dataclasses.replace(recipe.align, tokens=align_tokens),
+        align=dataclasses.replace(recipe.align, tokens=align_tokens, arguments=recipe.align.arguments | at_once),
         distill=dataclasses.replace(recipe.distill, tokens=distill_tokens, arguments=arguments),
     )
 
@@ -315,6 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--align-tokens", type=int, default=0)
     parser.add_argument("--distill-tokens", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs=2, metavar=("MIXERS", "REST"), default=[])
+    parser.add_argument("--micro-batch", type=int, help="rows at once, where the recipe's do not fit into memory")
     parser.add_argument("--start", help="an aligned student to start from")
     parser.add_argument("--snapshots", action="store_true", help="keep the student at some points of the run")
     parser.add_argument("--watch", type=int, default=10, help="measurements during the run")
@@ -323,7 +332,9 @@ def main(arguments: list[str] | None = None) -> None:
     cell = BY_NAME[args.cell]
     make_cell(
         cell,
-        cell_recipe(Recipe.load(args.recipe), cell, args.align_tokens, args.distill_tokens, args.rates),
+        cell_recipe(
+            Recipe.load(args.recipe), cell, args.align_tokens, args.distill_tokens, args.rates, args.micro_batch
+        ),
         Path(args.out) / (args.folder or cell.name),
         args.start and Path(args.start),
         SNAPSHOTS if args.snapshots else (),

@@ -41,6 +41,8 @@ CELL_SHARE = 0.2
 CELL_OVERHEAD = 45
 # GPU seconds of one measurement beside a training.
 MEASURE_SECONDS = 30
+# Rows at once where the recipe's did not fit into memory.
+SMALL_BATCH = 8
 # Results that are worth more than their bytes: everything but weights and optimizer states.
 COLLECTED = (".json", ".jsonl", ".log", ".png", ".yaml")
 
@@ -120,6 +122,9 @@ class Floor:
                 if job.done.exists():
                     ended.append(job)
                 elif job.tries < job.most_tries:
+                    if kind == "training" and "--micro-batch" not in job.command:
+                        # What most likely stopped it is memory.
+                        job.command += ["--micro-batch", str(SMALL_BATCH)]
                     self.waiting[kind].insert(0, job)
                 else:
                     self.failed.append(job.name)
@@ -136,10 +141,11 @@ class Floor:
 
     def _free(self, kind: str) -> int | None:
         loads = [[job.gpu for job in self.running[kind]].count(gpu) for gpu in range(self.gpus)]
-        # The first GPU trains the good student: measurements go elsewhere first.
-        order = range(self.gpus) if kind == "training" else reversed(range(self.gpus))
-        gpu = min(order, key=lambda gpu: loads[gpu])
-        return gpu if loads[gpu] < self.most[kind] else None
+        free = [gpu for gpu in range(self.gpus) if loads[gpu] < self.most[kind]]
+        if not free:
+            return None
+        # The first GPU trains the good student: measurements go to the last one as long as it has room.
+        return free[-1] if kind == "measurement" else min(free, key=lambda gpu: loads[gpu])
 
     @property
     def busy(self) -> bool:
@@ -301,6 +307,8 @@ class Run:
             for number, rates in enumerate(TRIALS):
                 options = {"folder": f"trials/{number}", "distill_tokens": self.args.trial_tokens, "rates": rates}
                 options |= {"start": self.out / GOOD.name / "alignment", "watch": 1}
+                # Several share a GPU's memory.
+                options["micro_batch"] = self.args.trial_batch
                 job = Job(f"trial-{number}", self.cell(GOOD.name, **options), folders[number] / "cell.json")
                 job.most_tries = 1
                 self.floor.add("training", job)
@@ -407,6 +415,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--step-tokens", type=int, default=16_384, help="tokens of an optimizer step, as in the recipe"
     )
+    parser.add_argument("--trial-batch", type=int, default=SMALL_BATCH, help="rows at once of a trial")
     parser.add_argument("--rate", type=float, help="tokens a second of one GPU, instead of the trials' speed")
     parser.add_argument("--workers", type=int, help="GPUs (default: all)")
     parser.add_argument("--trainings", type=int, default=1, help="trainings at once on one GPU")

@@ -1,0 +1,143 @@
+"""The run behind the paper's tables: what is drawn, who gets which heads and how many tokens, and what is written."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, WATCHED, cell_recipe
+from benchmarks.paper.data import DATA_RECIPE, draw_rows
+from benchmarks.paper.report import card_text
+from benchmarks.paper.run import Floor, Job, best_rates, collect, plan, speed
+from trainers.actions import suite
+from trainers.evaluation import coverage
+from trainers.head_scoring import HeadScores
+from trainers.recipe import Recipe
+from trainers.tasks import ProbeTask
+
+
+CARD = Path(__file__).parent.parent / "hub_cards" / "smollm2-135m-rad"
+KEPT = {"good": 8, "none": 0, "random-8": 8, "found-8": 8, "layers-4": 63, "found-5": 5, "found-16": 16}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_every_student_keeps_the_heads_of_its_name(name):
+    assert BY_NAME[name].head_map(HeadScores.load(SCORES), seed=0).num_kept == KEPT[name]
+
+
+def test_students_differ_in_one_thing_each():
+    found = BY_NAME["found-8"].head_map(HeadScores.load(SCORES), 0)
+    assert BY_NAME["random-8"].head_map(HeadScores.load(SCORES), 0).pairs != found.pairs
+    assert [cell.state_size for cell in CELLS if cell.heads == "found-8"] == [8, 4, 16]
+    unknown = dataclasses.replace(GOOD, heads="best-8")
+    with pytest.raises(ValueError, match="found-N"):
+        unknown.head_map(HeadScores.load(SCORES), 0)
+
+
+def test_recipe_of_a_cell_changes_budget_state_size_and_rates_alone():
+    recipe = Recipe.load(RECIPE)
+    changed = cell_recipe(recipe, BY_NAME["state-16"], 1024, 2048, [1e-3, 2e-4])
+    assert (changed.convert.state_size, changed.align.tokens, changed.distill.tokens) == (16, 1024, 2048)
+    assert changed.distill.arguments["mixer_learning_rate"] == 1e-3
+    assert changed.distill.arguments["learning_rate"] == 2e-4
+    assert dataclasses.replace(changed, convert=recipe.convert, align=recipe.align, distill=recipe.distill) == recipe
+
+
+def test_the_tables_hold_formats_that_no_training_data_contains():
+    probes = [source["probe"] for source in Recipe.load(DATA_RECIPE).data.sources if "probe" in source]
+    tasks = suite(Recipe.load(RECIPE).eval.tasks, probes)
+    asked = {task.name: task.trained_on for task in tasks if isinstance(task, ProbeTask)}
+    assert {name for name, trained in asked.items() if not trained and name.startswith("kv-lines")}
+    assert not any(trained for name, trained in asked.items() if name.startswith(("phone-book", "copy")))
+    assert sum(asked.values()) >= 5 and not any(task.trained_on for task in tasks if not isinstance(task, ProbeTask))
+
+
+def watched(retrieval: float, loss: float) -> dict:
+    return {"text_loss": loss, "tokens": 1000, "train_seconds": 2.0, **{task.name: retrieval for task in WATCHED}}
+
+
+def test_rates_that_lose_retrieval_are_passed_over():
+    careful, middle, bold = (1e-4, 3e-5), (3e-4, 1e-4), (1e-3, 3e-4)
+    trials = [(careful, watched(0.9, 4.5)), (middle, watched(0.8, 4.0)), (bold, watched(0.2, 3.5))]
+    assert best_rates(trials) == middle
+    assert best_rates([(careful, None), (middle, None)]) == careful
+    assert best_rates([(careful, watched(0.0, 4.5)), (middle, watched(0.0, 4.0))]) == middle
+
+
+def test_speed_adds_up_over_trials():
+    assert speed([watched(1, 1), watched(1, 1)]) == 1000
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_plan_fills_the_time_and_no_more(gpus):
+    budgets = plan(100_000, gpus, 800, 16_384)
+    cells = len(CELLS) if gpus > 1 else 4
+    assert budgets["good"] % 16_384 == 0 and 0.19 < budgets["cell"] / budgets["good"] <= 0.2
+    seconds = (budgets["good"] + cells * budgets["cell"]) / 100_000
+    assert 0.4 * gpus * 800 < seconds < gpus * 800 and budgets["good"] / 100_000 < 800
+
+
+def test_plan_of_no_time_at_all_is_still_a_plan():
+    assert plan(100_000, 1, -5, 1024) == {"good": 50 * 1024, "cell": 10 * 1024}
+
+
+def job(path: Path, name: str, code: str, **options) -> Job:
+    return Job(name, ["-c", code], path / f"{name}.done", **options)
+
+
+def test_jobs_run_wait_and_fail_on_their_own(tmp_path):
+    floor = Floor(tmp_path, gpus=2)
+    touch = "import pathlib, os; pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    first = job(tmp_path, "first", touch.format(str(tmp_path / "first.done")))
+    second = job(tmp_path, "second", touch.format(str(tmp_path / "second.done")), waits_for=first.done)
+    failing = job(tmp_path, "failing", "raise SystemExit('no such luck')", most_tries=2)
+    for kind, one in (("training", failing), ("training", first), ("measurement", second)):
+        floor.add(kind, one)
+    ended = []
+    while floor.busy:
+        ended += [one.name for one in floor.turn()]
+    assert ended == ["first", "second"] and floor.failed == ["failing"] and failing.tries == 2
+    assert "no such luck" in (tmp_path / "logs" / "failing.log").read_text()
+    assert first.done.read_text() in ("0", "1") and second.done.read_text() == "1"
+    floor.add("training", first)
+    assert not floor.busy, "what is there already is not made again"
+
+
+def test_collected_results_hold_no_weights(tmp_path):
+    import tarfile
+
+    run = tmp_path / "run"
+    for name in ("good/distillation/model.safetensors", "good/distillation/rad/training.json", "good/measured.json"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("{}")
+    collect(run, tmp_path / "results.tar.gz")
+    with tarfile.open(tmp_path / "results.tar.gz") as tar:
+        assert sorted(tar.getnames()) == ["run/good/distillation/rad/training.json", "run/good/measured.json"]
+
+
+def test_rows_that_share_a_context_are_drawn_once():
+    rows = [{"context": f"c{i // 4}", "question": i} for i in range(40)]
+    drawn = draw_rows(rows, 10, "seed")
+    assert len({row["context"] for row in drawn}) == 10 and drawn == draw_rows(rows, 10, "seed")
+    with pytest.raises(ValueError, match="10 different contexts"):
+        draw_rows(rows, 11, "seed")
+
+
+def result(score: float, trained_on: bool = False, **more) -> dict:
+    return {"score": score, "metric": "m", "examples": 100, "trained_on": trained_on, **more}
+
+
+def test_multiple_choice_at_chance_is_not_covered():
+    teacher = {"kv": result(1.0, True), "book": result(0.5), "easy": result(0.6, chance=0.25)}
+    teacher["coin"] = result(0.55, chance=0.5)
+    student = {name: result(0.5 * values["score"]) for name, values in teacher.items()}
+    student["easy"] = result(0.6)
+    covered = coverage(student, teacher)
+    assert covered["left_out"] == ["coin"] and covered["value"] == pytest.approx((0.5 + 0.5 + 1) / 3)
+    assert covered["retrieval"] == pytest.approx(0.5) and covered["choices"] == pytest.approx(1.0)
+    assert covered["held_out"] == pytest.approx((0.5 + 1) / 2)
+
+
+@pytest.mark.skipif(not CARD.is_dir(), reason="the GPU run has not been committed yet")
+def test_card_of_the_trained_student_is_the_golden_one():
+    assert card_text(CARD) == (CARD / "README.md").read_text(encoding="utf-8")
