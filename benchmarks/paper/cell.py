@@ -233,6 +233,7 @@ def make_cell(
     snapshots: tuple[float, ...] = (),
     watch: int = 10,
     compiled: bool = False,
+    backend: str = "auto",
 ) -> None:
     """
     Walks one cell, or what is left of it.
@@ -252,6 +253,8 @@ def make_cell(
             Measurements during distillation.
         compiled (`bool`, *optional*, defaults to `False`):
             Whether the layers of teacher and student are compiled for distillation.
+        backend (`str`, *optional*, defaults to `"auto"`):
+            Back end of the scan, as in [`RadHybridConfig`].
     """
     folder.mkdir(parents=True, exist_ok=True)
     workshop, began = Workshop(recipe, progress=False), time.monotonic()
@@ -260,6 +263,8 @@ def make_cell(
         if not (folder / "student").exists():
             cell.head_map(HeadScores.load(SCORES), recipe.seed).save(folder / "head_map.json")
             actions.convert_student(workshop, folder / "head_map.json", folder / "student", SCORES)
+            config = folder / "student" / "config.json"
+            write_json(config, read_json(config) | {"ssm_backend": backend})
             seconds["convert"] = time.monotonic() - began
         start = folder / "student"
         if recipe.align.tokens:
@@ -328,6 +333,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--snapshots", action="store_true", help="keep the student at some points of the run")
     parser.add_argument("--watch", type=int, default=10, help="measurements during the run")
     parser.add_argument("--compile", action="store_true", help="compile the layers for distillation")
+    parser.add_argument("--backend", default="auto", help="back end of the scan")
     args = parser.parse_args(arguments)
     cell = BY_NAME[args.cell]
     make_cell(
@@ -340,6 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         SNAPSHOTS if args.snapshots else (),
         args.watch,
         args.compile,
+        args.backend,
     )
 
 

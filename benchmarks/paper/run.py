@@ -252,6 +252,7 @@ class Run:
 
     def cell(self, name: str, **options) -> list[str]:
         words = ["-m", "benchmarks.paper.cell", name, "--recipe", self.args.recipe, "--out", str(self.out)]
+        words += ["--backend", self.args.backend]
         for option, value in options.items():
             values = value if isinstance(value, (list, tuple)) else [value]
             words += [f"--{option.replace('_', '-')}", *(str(item) for item in values if item is not True)]
@@ -420,6 +421,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="GPUs (default: all)")
     parser.add_argument("--trainings", type=int, default=1, help="trainings at once on one GPU")
     parser.add_argument("--compile", action="store_true", help="compile the layers")
+    parser.add_argument("--backend", default="auto", help="back end of the scan (auto, torch, triton)")
     parser.add_argument("--collect", metavar="FILE", help="only pack the small files of the run into this archive")
     args = parser.parse_args(arguments)
     if args.collect:
