@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 
 MIXINGS = ("replace", "parallel")
-SSM_BACKENDS = ("auto", "torch", "mamba_ssm")
+SSM_BACKENDS = ("auto", "torch", "compiled", "triton", "mamba_ssm")
 
 
 @strict
@@ -32,7 +32,8 @@ class RadHybridConfig(PreTrainedConfig):
         ssm_chunk_size (`int`, *optional*, defaults to 32):
             Tokens Q that the chunked scan treats as one block.
         ssm_backend (`str`, *optional*, defaults to `"auto"`):
-            `"torch"`, `"mamba_ssm"` (Triton kernels, CUDA tensors only) or `"auto"`, the fastest that fits the tensors.
+            `"torch"`; `"compiled"`, the same through `torch.compile`; `"triton"` (kernels of this folder) and `"mamba_ssm"`
+            (those of that package), both for CUDA tensors; or `"auto"`, the fastest that fits the tensors.
 
     Raises:
         `StrictDataclassError`: for a field that cannot work; the message says what was given and what would.

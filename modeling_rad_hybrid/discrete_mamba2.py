@@ -15,6 +15,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .ssd import ssd, ssd_step
+from .ssd_triton import decode_step, kernels_fit
 
 
 class DiscreteMamba2(nn.Module):
@@ -67,7 +68,12 @@ class DiscreteMamba2(nn.Module):
 
     def features(self, hidden_states, recurrent_mask=None, cache=None, seq_idx=None) -> torch.Tensor:
         """What the output projection reads, `[B, T, H P]`; arguments as in `forward`."""
-        z, xBC, A_log = self.in_proj(hidden_states).split(self.sections, dim=-1)
+        projected = self.in_proj(hidden_states)
+        if recurrent_mask is None and self.steps_in_place(projected, cache):
+            layer = cache.layers[self.layer_idx]
+            states = layer.conv_states[0], self.conv1d.weight, layer.recurrent_states[0]
+            return decode_step(projected[:, 0], *states, self.D)[:, None]  # [B, 1, H P]
+        z, xBC, A_log = projected.split(self.sections, dim=-1)
         log_a = -nn.functional.softplus(A_log.float())  # [B, T, H]
         if recurrent_mask is not None:
             real = recurrent_mask[..., None] != 0
@@ -90,6 +96,15 @@ class DiscreteMamba2(nn.Module):
             self.write_states(cache, xBC, state, recurrent_mask)
         y = y + self.D[:, None].to(y.dtype) * x
         return y.flatten(2) * nn.functional.silu(z)  # [B, T, H P]
+
+    def steps_in_place(self, projected: torch.Tensor, cache) -> bool:
+        """Whether this is one token of decoding that a single kernel can take, window and state in place."""
+        if projected.shape[1] > 1 or cache is None or not cache.has_previous_state(self.layer_idx):
+            return False
+        # A cache that must be able to take tokens back keeps more than a window.
+        wanted = self.backend in ("auto", "triton") and not cache.layers[self.layer_idx].record_past
+        frozen = not (torch.is_grad_enabled() and projected.requires_grad)
+        return wanted and frozen and kernels_fit(projected, self.head_dim, self.state_size)
 
     def convolve(self, xBC, window=None, seq_idx=None) -> torch.Tensor:
         """

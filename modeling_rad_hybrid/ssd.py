@@ -9,8 +9,12 @@ divided by the step size, which would lose accuracy where a_t is near 1.
 Shape letters: B batch, T tokens, H heads, P head dim, N state, Q tokens of a chunk, C chunks.
 """
 
+from functools import cache
+
 import torch
 from torch import nn
+
+from .ssd_triton import kernels_fit, ssd_triton
 
 
 # Chunks that are worked on at once: bounds the memory of the [Q, Q] and [C, C] matrices on long sequences.
@@ -173,11 +177,29 @@ def ssd(
             Document of each token, shape `[B, T]`, integers that change where a document starts; the state is reset there.
         chunk_size (`int`, *optional*, defaults to 32): tokens Q of a chunk.
         backend (`str`, *optional*, defaults to `"auto"`):
-            `"torch"`, `"mamba_ssm"` (raises where it is not installed or a tensor is not on CUDA) or `"auto"`.
+            `"torch"`; `"compiled"`, the same through `torch.compile`; `"triton"`, the kernels of this folder, on CUDA
+            tensors; or `"auto"`, the kernels where they fit, otherwise PyTorch.
 
     Returns:
         `tuple`: outputs `[B, T, H, P]` in the dtype of `x` and the last state `[B, H, P, N]`, float32.
+
+    Raises:
+        `ValueError`: for a back end that does not exist or cannot work on these tensors.
     """
-    if backend == "mamba_ssm":
-        raise ValueError("ssm_backend='mamba_ssm' is not available yet; use 'auto' or 'torch'.")
-    return ssd_chunked(x, log_a, B, C, initial_state, seq_idx, chunk_size)
+    if backend in ("auto", "triton") and kernels_fit(x, x.shape[3], B.shape[3]):
+        return ssd_triton(x, log_a, B, C, initial_state, seq_idx)
+    if backend == "triton":
+        raise ValueError(
+            f"The Triton kernels cannot work on {x.dtype} tensors on {x.device} with heads of {x.shape[3]} and a state "
+            f"of {B.shape[3]}: they need triton, CUDA tensors, heads of at most 128 and a state of at most 64. Set "
+            "ssm_backend to 'auto' or 'torch'."
+        )
+    if backend not in ("auto", "torch", "compiled"):
+        raise ValueError(f"ssm_backend is {backend!r}; choose 'auto', 'torch', 'compiled' or 'triton'.")
+    chunked = _compiled_chunked() if backend == "compiled" else ssd_chunked
+    return chunked(x, log_a, B, C, initial_state, seq_idx, chunk_size)
+
+
+@cache
+def _compiled_chunked():
+    return torch.compile(ssd_chunked, dynamic=False)

@@ -13,10 +13,10 @@ import ast
 from collections.abc import Iterator
 
 
-PACKAGES = {"collections", "dataclasses", "functools", "math", "typing", "torch", "transformers"}
+PACKAGES = {"__future__", "collections", "dataclasses", "functools", "math", "typing", "torch", "transformers"}
 # Strict dataclasses, the base of a configuration, live there; what reaches the network does too.
 MODULES = {"huggingface_hub.dataclasses"}
-OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "flash_attn"}
+OPTIONAL_PACKAGES = {"mamba_ssm", "causal_conv1d", "flash_attn", "triton"}
 # Ways to the network and the file system that lead through the packages above.
 NAMES = {"hub", "load", "save", "from_file", "from_pretrained", "save_pretrained", "push_to_hub", "cached_file"}
 NAMES |= {"hf_hub_download", "snapshot_download", "load_state_dict", "load_state_dict_from_url", "cpp_extension"}
