@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import nn
 
+from .ssd_mamba import ssd_mamba
 from .ssd_triton import kernels_fit, ssd_triton
 
 
@@ -178,7 +179,8 @@ def ssd(
         chunk_size (`int`, *optional*, defaults to 32): tokens Q of a chunk.
         backend (`str`, *optional*, defaults to `"auto"`):
             `"torch"`; `"compiled"`, the same through `torch.compile`; `"triton"`, the kernels of this folder, on CUDA
-            tensors; or `"auto"`, the kernels where they fit, otherwise PyTorch.
+            tensors; `"mamba_ssm"`, those of that package, likewise; or `"auto"`, the kernels where they fit, otherwise
+            PyTorch.
 
     Returns:
         `tuple`: outputs `[B, T, H, P]` in the dtype of `x` and the last state `[B, H, P, N]`, float32.
@@ -194,8 +196,10 @@ def ssd(
             f"of {B.shape[3]}: they need triton, CUDA tensors, heads of at most 128 and a state of at most 64. Set "
             "ssm_backend to 'auto' or 'torch'."
         )
+    if backend == "mamba_ssm":
+        return ssd_mamba(x, log_a, B, C, initial_state, seq_idx)
     if backend not in ("auto", "torch", "compiled"):
-        raise ValueError(f"ssm_backend is {backend!r}; choose 'auto', 'torch', 'compiled' or 'triton'.")
+        raise ValueError(f"ssm_backend is {backend!r}; choose auto, torch, compiled, triton or mamba_ssm.")
     chunked = _compiled_chunked() if backend == "compiled" else ssd_chunked
     return chunked(x, log_a, B, C, initial_state, seq_idx, chunk_size)
 

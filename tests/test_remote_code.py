@@ -20,7 +20,7 @@ from trainers.staging import code_files
 SHIPPED = Path(modeling_rad_hybrid.__file__).parent
 TRAINERS = Path(trainers.__file__).parent
 # From the ground up. A module imports from its own folder only what stands before it.
-MODEL_ORDER = ["configuration_rad_hybrid", "ssd_kernels", "ssd_triton", "ssd", "discrete_mamba2", "modeling_rad_hybrid"]
+MODEL_ORDER = ["configuration_rad_hybrid", "ssd_kernels", "ssd_triton", "ssd_mamba", "ssd", "discrete_mamba2", "modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}

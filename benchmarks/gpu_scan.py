@@ -1,0 +1,172 @@
+"""
+The scan: every back end against float64, then timed where it is right.
+
+The oracle works in float64 by blocks of 256 tokens, whole matrices inside a block. Inputs are bfloat16 numbers, so that
+one oracle serves both dtypes. A back end is right in a dtype when its greatest error over outputs and gradients, in the
+typical and the long-memory regime, stays below BOUND; what is not is marked and not timed.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.nn.functional import softplus
+
+from benchmarks.gpu_tools import DEVICE, milliseconds, peak_bytes, relative_error
+from modeling_rad_hybrid.ssd import ssd
+
+
+# log a = -softplus(A_log), with A_log drawn from these.
+REGIMES = {
+    "typical": lambda *shape: torch.randn(*shape, device=DEVICE) * 1.5 - 3,
+    "long": lambda *shape: torch.randn(*shape, device=DEVICE) - 7,
+    "extreme": lambda *shape: torch.rand(*shape, device=DEVICE) * 60 - 40,
+}
+BOUND = {torch.bfloat16: 5e-2, torch.float32: 2e-3}
+SHAPES = {"1B": (32, 64), "SmolLM2": (9, 64)}
+
+
+def oracle(x, log_a, B, C, block: int = 256):
+    """The scan in float64; [`ssd`]'s arguments without an initial state, outputs only."""
+    x, log_a, B, C = (t.double() for t in (x, log_a, B, C))
+    state = torch.zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3], dtype=torch.float64, device=x.device)
+    outputs = []
+    for start in range(0, x.shape[1], block):
+        part = [t[:, start : start + block].transpose(1, 2) for t in (x, B, C)]  # [B, H, Q, P | N]
+        sums = log_a[:, start : start + block].transpose(1, 2).cumsum(-1)  # [B, H, Q]
+        above = torch.ones(sums.shape[-1], sums.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+        decays = (sums[..., :, None] - sums[..., None, :]).masked_fill(above, -torch.inf).exp()
+        y = ((part[2] @ part[1].transpose(-1, -2)) * decays) @ part[0]
+        y = y + (part[2] * sums.exp()[..., None]) @ state.transpose(-1, -2)
+        to_end = (sums[..., -1:] - sums).exp()[..., None]
+        state = state * sums[..., -1].exp()[..., None, None] + part[0].transpose(-1, -2) @ (part[1] * to_end)
+        outputs.append(y.transpose(1, 2))
+    return torch.cat(outputs, 1)
+
+
+def prune_autotuning(keep: int = 2) -> None:
+    """
+    Leaves each kernel of mamba_ssm a few of its block shapes, those near 64 x 64, which fit heads and states of 64 and
+    less: with all 200 the first calls take minutes.
+    """
+    try:
+        import triton
+        from mamba_ssm.ops.triton import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing
+    except ImportError:
+        return
+    for module in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing):
+        for value in vars(module).values():
+            if isinstance(value, triton.runtime.Autotuner) and len(value.configs) > keep:
+                sizes = [c.kwargs.get("BLOCK_SIZE_M", 64) + 2 * abs(c.kwargs.get("BLOCK_SIZE_N", 64) - 64) for c in value.configs]
+                order = sorted(range(len(sizes)), key=lambda i: abs(sizes[i] - 128))  # noqa: B023
+                value.configs = [value.configs[i] for i in order[:keep]]
+
+
+def authors(x, A_log, B, C):
+    """mamba_ssm as the paper's authors call it: x divided by the step size that the kernel multiplies with."""
+    from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
+
+    A = -torch.ones(x.shape[2], device=x.device)
+    return mamba_chunk_scan_combined(
+        (x / softplus(A_log)[..., None]).to(x.dtype), A_log.to(x.dtype), A, B, C, 128, dt_softplus=True
+    )
+
+
+def fla_fused(x, A_log, B, C):
+    from fla.ops.simple_gla import fused_chunk_simple_gla
+
+    return fused_chunk_simple_gla(C, B, x, -softplus(A_log.float()), scale=1.0)[0]
+
+
+def ours(backend: str, x, A_log, B, C):
+    return ssd(x, -softplus(A_log.float()), B, C, backend=backend)[0]
+
+
+BACKENDS: dict[str, Callable] = {
+    "authors' call": authors,
+    "torch": partial(ours, "torch"),
+    "compiled": partial(ours, "compiled"),
+    "triton": partial(ours, "triton"),
+    "mamba_ssm": partial(ours, "mamba_ssm"),
+    "fla fused": fla_fused,
+}
+
+
+def draw(batch: int, tokens: int, heads: int, head_dim: int, state: int, regime: str) -> list[torch.Tensor]:
+    """x, A_log, B, C and the gradient of y as bfloat16 numbers in float32."""
+    sizes = (batch, tokens, heads)
+    normal = partial(torch.randn, device=DEVICE)
+    drawn = normal(*sizes, head_dim), REGIMES[regime](*sizes), normal(*sizes, state) / state**0.5
+    drawn = *drawn, normal(*sizes, state), normal(*sizes, head_dim)
+    return [t.bfloat16().float() for t in drawn]
+
+
+def gradients(function: Callable, tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The outputs and the gradients of x, A_log, B and C."""
+    x, A_log, B, C, dy = tensors
+    leaves = [t.to(dtype).requires_grad_() for t in (x, A_log, B, C)]
+    y = function(*leaves)
+    return [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+
+
+def errors(function: Callable, tensors: list[torch.Tensor], exact: list[torch.Tensor], dtype) -> tuple[float, float]:
+    """Relative error of the outputs, and the greatest of the gradients."""
+    found = [relative_error(a, b) for a, b in zip(gradients(function, tensors, dtype), exact, strict=True)]
+    return found[0], max(found[1:])
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
+
+
+def run(report, options) -> None:
+    """Errors of every back end, then milliseconds and memory of those that are right."""
+    prune_autotuning()
+    right = set()
+    add = report.table(
+        "Scan: relative error against float64 (batch 1)",
+        ["shape", "N", "tokens", "dtype", "back end", *(f"{name} {what}" for name in REGIMES for what in ("y", "grad"))],
+    )
+    for shape, state, tokens in options.scan_cases:
+        heads, head_dim = options.shapes[shape]
+        cases = []
+        for regime in REGIMES:
+            tensors = draw(1, tokens, heads, head_dim, state, regime)
+            double = [t.double() for t in tensors]
+            exact = gradients(lambda x, A_log, B, C: oracle(x, -softplus(A_log), B, C), double, torch.float64)
+            cases.append((tensors, exact))
+        for dtype in options.dtypes:
+            for name in options.backends:
+                try:
+                    found = [errors(BACKENDS[name], *case, dtype) for case in cases]
+                except Exception as error:
+                    print(f"{shape} N {state} {tokens} {dtype} {name}: {first_line(error)}", flush=True)
+                    continue
+                add(shape, state, tokens, str(dtype)[6:], name, *(value for pair in found for value in pair))
+                if max(max(pair) for pair in found[:2]) < BOUND[dtype]:
+                    right.add((shape, state, tokens, dtype, name))
+        del cases
+    columns = ["shape", "N", "tokens", "batch", "dtype", "back end", "fwd ms", "fwd+bwd ms", "Mtokens/s", "peak MB", "speed"]
+    add = report.table("Scan: time and memory (speed against the authors' call, forward and backward)", columns)
+    for shape, state, tokens in options.scan_cases:
+        heads, head_dim = options.shapes[shape]
+        batch = max(1, options.tokens_at_once // tokens)
+        tensors = draw(batch, tokens, heads, head_dim, state, "typical")
+        for dtype in options.dtypes:
+            base = None
+            cast = [t.to(dtype) for t in tensors]
+            for name in options.backends:
+                if (shape, state, tokens, dtype, name) not in right:
+                    continue
+                try:
+                    with torch.no_grad():
+                        forward = milliseconds(lambda: BACKENDS[name](*cast[:4]))  # noqa: B023
+                    both = milliseconds(lambda: gradients(BACKENDS[name], cast, dtype))  # noqa: B023
+                    peak = peak_bytes(lambda: gradients(BACKENDS[name], cast, dtype)) / 1e6  # noqa: B023
+                except Exception as error:
+                    print(f"{shape} N {state} {tokens} {dtype} {name}: {first_line(error)}", flush=True)
+                    continue
+                base = both if name == "authors' call" else base
+                rate = batch * tokens / both / 1e3
+                speed = base / both if base else None
+                add(shape, state, tokens, batch, str(dtype)[6:], name, forward, both, rate, peak, speed)
