@@ -5,7 +5,7 @@ The recurrent heads and the whole student on one GPU: correctness first, then ti
     python -m benchmarks.gpu --sections scan decode --quick    # some sections, fewer cases
     python -m benchmarks.gpu --tiny                            # a rehearsal on the CPU with tiny sizes
 
-Sections: `scan` (gpu_scan.py), `decode` (gpu_decode.py), `prefill` and `train` (gpu_models.py). Tables go to the screen
+Sections: `check` (the default back end, in seconds) and `scan` (gpu_scan.py), `decode` (gpu_decode.py), `prefill` and `train` (gpu_models.py). Tables go to the screen
 as they come and to one JSON file; a section that fails says so and the next one starts. Nothing that fails its
 correctness check is timed. The packages to compare with (mamba-ssm, flash-linear-attention) are optional.
 """
@@ -25,7 +25,13 @@ from benchmarks.gpu_tools import CUDA, DEVICE, Report
 from trainers.head_map import shipped_head_map
 
 
-SECTIONS = {"scan": gpu_scan.run, "decode": gpu_decode.run, "prefill": gpu_models.prefill, "train": gpu_models.train}
+SECTIONS = {
+    "check": gpu_scan.check,
+    "scan": gpu_scan.run,
+    "decode": gpu_decode.run,
+    "prefill": gpu_models.prefill,
+    "train": gpu_models.train,
+}
 LLAMA_1B = {
     "vocab_size": 128256,
     "hidden_size": 2048,
@@ -71,7 +77,7 @@ def cases(options: argparse.Namespace) -> None:
     options.shapes, options.dtypes = gpu_scan.SHAPES, [torch.bfloat16, torch.float32]
     options.scan_cases = [("1B", state, tokens) for state in (8, 4, 16, 64) for tokens in (2048, 8192, 32768)]
     options.scan_cases += [("SmolLM2", 8, tokens) for tokens in (2048, 8192, 32768)]
-    options.tokens_at_once = 32768
+    options.states, options.tokens_at_once = [8, 64], 32768
     options.decode_cases = [(batch, context) for batch in (32, 128, 1) for context in (8192, 2048, 32768)]
     options.profile_case = (32, 8192)
     options.prompts = [8192, 32768, 131072]
@@ -87,6 +93,7 @@ def cases(options: argparse.Namespace) -> None:
         options.decode_cases = [tuple(map(int, case.split(":"))) for case in options.decode]
     if options.tiny:
         options.fields, options.kept, options.shapes = TINY, TINY_KEPT, {"tiny": (2, 16)}
+        options.states = [8]
         options.scan_cases, options.tokens_at_once = [("tiny", 8, 96)], 96
         options.decode_cases, options.prompts = [(1, 64), (4, 64)], [64]
         options.training = {"tiny": (TINY, TINY_KEPT, 2, 64)}
@@ -114,15 +121,19 @@ def main() -> None:
     options.report = Report(options.output, {**about, "versions": versions})
     print(f"{name}, {', '.join(f'{key} {value}' for key, value in versions.items())}, {about['date']}", flush=True)
     torch.manual_seed(0)
+    failed = []
     for section in options.sections:
         start = time.perf_counter()
         try:
             SECTIONS[section](options.report, options)
         except Exception:
+            failed.append(section)
             print(f"\nThe section {section} failed:\n{traceback.format_exc()}", flush=True)
         if CUDA:
             torch.cuda.empty_cache()
         print(f"\n{section}: {time.perf_counter() - start:.0f} s on {DEVICE}", flush=True)
+    if failed:
+        sys.exit(f"Failed: {', '.join(failed)}.")
 
 
 if __name__ == "__main__":

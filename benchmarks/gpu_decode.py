@@ -13,6 +13,7 @@ import time
 
 import torch
 from transformers import StaticCache
+from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
 from benchmarks.gpu_tools import CUDA, DEVICE, copy_bandwidth, relative_error, synchronize
 from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
@@ -58,6 +59,13 @@ def filled_cache(model, batch: int, context: int) -> StaticCache:
             layer.conv_states[0] = torch.empty_like(layer.conv_states[0]).normal_(generator=generator)
             layer.recurrent_states[0] = torch.empty_like(layer.recurrent_states[0]).normal_(generator=generator)
     return cache
+
+
+def tensors(layer) -> list[torch.Tensor]:
+    """What a cache layer holds."""
+    attention = [layer.keys, layer.values] if isinstance(layer, StaticLayer) else []
+    recurrent = [layer.conv_states[0], layer.recurrent_states[0]] if isinstance(layer, LinearAttentionLayer) else []
+    return attention + recurrent
 
 
 def rewind(cache, kinds: list[str], context: int) -> None:
@@ -136,12 +144,12 @@ def check(report, fields, kept, compiled) -> bool:
                 mixer.backend = "torch" if form == "torch" else "auto"
             decoder = Decoder(model, compiled, 2, 64)
             if form == "graph":
-                start = {i: layer.recurrent_states[0].clone() for i, layer in enumerate(decoder.cache.layers)}
-                window = {i: layer.conv_states[0].clone() for i, layer in enumerate(decoder.cache.layers)}
+                # The steps before the capture write to the cache.
+                untouched = [[t.clone() for t in tensors(layer)] for layer in decoder.cache.layers]
                 graph, logits = decoder.capture(compiled)
-                for i, layer in enumerate(decoder.cache.layers):
-                    layer.recurrent_states[0].copy_(start[i])
-                    layer.conv_states[0].copy_(window[i])
+                for layer, before in zip(decoder.cache.layers, untouched, strict=True):
+                    for tensor, content in zip(tensors(layer), before, strict=True):
+                        tensor.copy_(content)
                 decoder.restart()
             steps = []
             for number in range(8):

@@ -8,12 +8,13 @@ typical and the long-memory regime, stays below BOUND; what is not is marked and
 
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 
 import torch
 from torch.nn.functional import softplus
 
 from benchmarks.gpu_tools import DEVICE, milliseconds, peak_bytes, relative_error
-from modeling_rad_hybrid.ssd import ssd
+from modeling_rad_hybrid.ssd import ssd, ssd_sequential
 
 
 # log a = -softplus(A_log), with A_log drawn from these.
@@ -113,6 +114,45 @@ def errors(function: Callable, tensors: list[torch.Tensor], exact: list[torch.Te
     """Relative error of the outputs, and the greatest of the gradients."""
     found = [relative_error(a, b) for a, b in zip(gradients(function, tensors, dtype), exact, strict=True)]
     return found[0], max(found[1:])
+
+
+def documents(batch: int, tokens: int) -> torch.Tensor:
+    """Document of each token, with borders inside and at the ends of chunks."""
+    borders = [tokens * part // 16 for part in (1, 2, 7)] + [64, 128, 131]
+    return (torch.arange(tokens, device=DEVICE)[:, None] >= torch.tensor(borders, device=DEVICE)).sum(-1).expand(batch, -1)
+
+
+def check(report, options) -> None:
+    """The default back end against the recurrence in float64: documents, initial states, ragged lengths, every dtype."""
+    columns = ["shape", "N", "tokens", "dtype", "documents", "y", "last state", "x", "log a", "B", "C", "first state"]
+    add = report.table("Check: relative error of outputs and gradients against the recurrence in float64", columns)
+    wrong = 0
+    for (heads, head_dim), state, tokens, packed, dtype in product(
+        options.shapes.values(), options.states, (61, 600), (False, True), options.dtypes
+    ):
+        x, A_log, B, C, dy = draw(2, tokens, heads, head_dim, state, "typical")
+        first = torch.randn(2, heads, head_dim, state, device=DEVICE)
+        seq_idx = documents(2, tokens) if packed else None
+        # A view of one tensor, as the model has it.
+        x, B, C = (
+            t.unflatten(-1, (heads, -1))
+            for t in torch.cat([t.flatten(2) for t in (x, B, C)], -1).split(
+                [heads * head_dim, *[heads * state] * 2], -1
+            )
+        )
+        log_a = -softplus(A_log)
+        found = []
+        for scan, cast, decays in ((ssd, dtype, torch.float32), (ssd_sequential, torch.float64, torch.float64)):
+            leaves = [t.to(kind).requires_grad_() for t, kind in zip((x, log_a, B, C, first), (cast, decays, cast, cast, decays), strict=True)]
+            y, last = scan(*leaves, seq_idx)
+            total = (y * dy).sum() + (last * first).sum()
+            found.append([y, last, *torch.autograd.grad(total, leaves)])
+        pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
+        wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
+        add(f"{heads} x {head_dim}", state, tokens, str(dtype)[6:], "several" if packed else "one", *pairs)
+    if wrong:
+        raise RuntimeError(f"{wrong} cases of the default back end are wrong here; set ssm_backend to 'torch'.")
+    print("\nThe default back end is right here.", flush=True)
 
 
 def first_line(error: Exception) -> str:

@@ -26,6 +26,9 @@ HUB_ENVIRONMENT = {
     "OMP_NUM_THREADS": "2",
     "TOKENIZERS_PARALLELISM": "false",
 }
+if shutil.which("nvidia-smi") is None:
+    # Where triton is installed our kernels run in its interpreter, on the CPU.
+    HUB_ENVIRONMENT["TRITON_INTERPRET"] = "1"
 for inherited in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HF_MODULES_CACHE", "HF_ASSETS_CACHE"):
     os.environ.pop(inherited, None)
 os.environ.update(HUB_ENVIRONMENT)

@@ -103,6 +103,7 @@ def test_rules_find_what_they_forbid(source, problem):
 def test_rules_allow_what_a_model_needs():
     source = (
         "try:\n    from mamba_ssm import x\nexcept ImportError:\n    x = None\nfrom .ssd import ssd\nimport math\n"
+        "try:\n    import triton.language as tl\nexcept ImportError:\n    tl = None\ny = tl.load(x)\n"
     )
     assert list(code_problems(source)) == []
 
