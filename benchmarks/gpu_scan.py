@@ -131,7 +131,7 @@ def check(report, options) -> None:
         options.shapes.values(), options.states, (61, 600), (False, True), options.dtypes
     ):
         x, A_log, B, C, dy = draw(2, tokens, heads, head_dim, state, "typical")
-        first = torch.randn(2, heads, head_dim, state, device=DEVICE)
+        first, dlast = torch.randn(2, 2, heads, head_dim, state, device=DEVICE)
         seq_idx = documents(2, tokens) if packed else None
         # A view of one tensor, as the model has it.
         x, B, C = (
@@ -143,9 +143,10 @@ def check(report, options) -> None:
         log_a = -softplus(A_log)
         found = []
         for scan, cast, decays in ((ssd, dtype, torch.float32), (ssd_sequential, torch.float64, torch.float64)):
-            leaves = [t.to(kind).requires_grad_() for t, kind in zip((x, log_a, B, C, first), (cast, decays, cast, cast, decays), strict=True)]
+            kinds = cast, decays, cast, cast, decays
+            leaves = [t.to(kind).requires_grad_() for t, kind in zip((x, log_a, B, C, first), kinds, strict=True)]
             y, last = scan(*leaves, seq_idx)
-            total = (y * dy).sum() + (last * first).sum()
+            total = (y * dy).sum() + (last * dlast).sum()
             found.append([y, last, *torch.autograd.grad(total, leaves)])
         pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
         wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
