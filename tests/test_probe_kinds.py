@@ -7,13 +7,19 @@ import pytest
 from test_probes import character_tokenizer
 from tiny_retriever import KEYS, build_tiny_retriever
 
+from trainers.actions import suite
 from trainers.probes import (
     PROBES,
     Copying,
     Example,
     KVRetrieval,
+    LetterChoice,
+    MeanOf,
     MultiQueryRecall,
+    Needle,
     NGramLookup,
+    PhoneBook,
+    VariableTracking,
     generated_accuracy,
     probe_from_settings,
     ranked_accuracy,
@@ -37,6 +43,14 @@ ALL = [
     NGramLookup(format="prefix"),
     NGramLookup(format="prefix", copies=1, shots=2, n=1, length=8),
     NGramLookup(format="prefix", length=30, n=3, values="letters", repeats=True),
+    Needle(),
+    Needle(length=60, depth=0.5),
+    Needle(length=120, needles=5, shots=2, queries=3),
+    LetterChoice(),
+    LetterChoice(options=26, shots=0),
+    VariableTracking(),
+    VariableTracking(chains=6, hops=3, shots=0, queries=4),
+    VariableTracking(chains=2, hops=1, shots=1),
 ]
 
 
@@ -65,12 +79,34 @@ def after_the_gram(prompt: str) -> str:
     return f" {found[0]}"
 
 
+def hidden_number(prompt: str) -> str:
+    question = prompt.splitlines()[-1]
+    return re.search(rf"{question}( \d+)\.", prompt)[1]
+
+
+def letter_of_the_word(prompt: str) -> str:
+    question, *options, _ = prompt.split("\n\n")[-1].splitlines()
+    word = question.removesuffix("?").split()[-1]
+    return next(f" {option[0]}" for option in options if option[3:] == word)
+
+
+def follow_the_hops(prompt: str) -> str:
+    values = dict(re.findall(r"^(\w+) = (\w+)$", prompt, flags=re.MULTILINE))
+    value = prompt.split()[-2]
+    while not value.isdigit():
+        value = values[value]
+    return f" {value}"
+
+
 ORACLES = {
     "kv": last_value,
     "phone_book": last_value,
     "mqar": next_in_stream,
     "copy": rest_of_string,
     "ngram": after_the_gram,
+    "needle": hidden_number,
+    "choice": letter_of_the_word,
+    "variables": follow_the_hops,
 }
 
 
@@ -79,8 +115,8 @@ def name(probe):
 
 
 def test_no_kind_goes_without_an_oracle():
-    assert set(ORACLES) == set(PROBES)
-    assert {probe.kind for probe in ALL} | {"phone_book"} == set(PROBES)
+    assert set(ORACLES) == set(PROBES) - {"mean"}
+    assert {probe.kind for probe in ALL} | {"phone_book", "mean"} == set(PROBES)
     assert len({probe.name for probe in ALL}) == len(ALL)
 
 
@@ -130,6 +166,7 @@ def test_documents_continue_as_the_prompts_do(probe):
         text = document.rstrip()
         # A copy goes on after its first item, every other answer is the last word.
         cut = text.index(" ", text.rindex("\n\n")) if probe.kind == "copy" else text.rindex(" ")
+        text = text.removesuffix(".")
         assert ORACLES[probe.kind](text[:cut]) == text[cut:]
         assert not any(document.startswith(example.prompt) for example in examples)
 
@@ -160,6 +197,17 @@ def test_only_the_whole_ngram_tells_where_it_is(values):
         ({"name": "ngram", "format": "prefix", "queries": 2}, "room for"),
         ({"name": "ngram", "copies": 0}, "at least 1"),
         ({"name": "mqar", "format": "json"}, "stream"),
+        ({"name": "needle", "shots": 1}, "more than the 1 needles"),
+        ({"name": "needle", "length": 0}, "length >= 1"),
+        ({"name": "needle", "depth": 1.5}, "from 0 to 1"),
+        ({"name": "needle", "needles": 2, "depth": 0.5}, "single needle"),
+        ({"name": "choice", "options": 27}, "2 to 26"),
+        ({"name": "variables", "chains": 2}, "more than the 2 chains"),
+        ({"name": "variables", "hops": 0}, "hops >= 1"),
+        ({"name": "variables", "chains": 101}, "fewer chains"),
+        ({"name": "mean", "probes": [{"name": "kv"}]}, "two different probes"),
+        ({"name": "mean", "probes": [{"name": "kv"}, {"name": "kv", "queries": 2}]}, "two different probes"),
+        ({"name": "mean", "probes": [{"name": "kv"}, {"name": "maze"}]}, "no probe named 'maze'"),
         ({"name": "kv", "values": "uuids", "pairs": 2}, "more keys than the 2 pairs"),
     ],
 )
@@ -192,3 +240,63 @@ def test_a_question_without_other_candidates_is_not_ranked():
 def test_tokens_count_in_their_places(continuation, share):
     example = Example("ab\n", " ab cd", (" ab cd",))
     assert token_accuracy(character_tokenizer(), example, continuation) == pytest.approx(share)
+
+
+def test_a_needle_lies_where_it_is_said_to_lie(tmp_path):
+    text = " ".join(f"Word{i} goes on and on here." for i in range(200))
+    (tmp_path / "story.txt").write_text(text, encoding="utf-8")
+    for depth in (0, 0.3, 1):
+        probe = Needle(length=200, depth=depth, text=str(tmp_path / "story.txt"))
+        assert probe.name == f"needle-200-1x0-at-{depth:g}-story"
+        for example in probe.examples(10, seed=1):
+            haystack = example.prompt.split("\n\n")[0]
+            before, needle, after = re.split(r"(The secret number of \w+ is \d{4}\.)", haystack)
+            # The text is whole around it, and no sentence is cut but at both ends.
+            assert f"{before}{after[1:]}".strip() in text or f"{before}{after}".strip() in text
+            assert not before or not after or before.rstrip().endswith(".")
+            assert abs(len(before.split()) / 200 - depth) < 0.03
+    assert len({example.prompt.split()[0] for example in probe.examples(10, seed=1)}) > 1
+    short = Needle(length=3000, text=str(tmp_path / "story.txt")).examples(1)[0]
+    assert 3000 < len(short.prompt.split()) < 3020
+    with pytest.raises(FileNotFoundError, match="no file or folder"):
+        Needle(text=str(tmp_path / "missing.jsonl")).examples(1)
+
+
+def test_a_chain_must_be_followed():
+    """No line of the text gives the value of the variable asked for: look-up alone leads to a word."""
+    for example in VariableTracking(chains=5, hops=2).examples(50, seed=0):
+        variable = example.prompt.split()[-2]
+        lines = dict(line.split(" = ") for line in example.prompt.splitlines() if " = " in line)
+        assert not lines[variable].isdigit() and lines[lines[variable]] == example.answer.strip()
+        # Every variable stands before it is used.
+        order = list(lines)
+        assert all(value.isdigit() or order.index(value) < order.index(name) for name, value in lines.items())
+
+
+def test_a_mean_asks_all_its_probes_alike():
+    probes = KVRetrieval(pairs=5), Copying(length=4), PhoneBook(pairs=4)
+    mean = MeanOf(probes)
+    assert mean == probe_from_settings(mean.settings()) == MeanOf([probe.settings() for probe in probes])
+    examples = mean.examples(12, seed=3)
+    assert examples == [example for probe in probes for example in probe.examples(4, seed=3)]
+    assert mean.parts(examples) == {probe.name: probe.examples(4, seed=3) for probe in probes}
+    with pytest.raises(ValueError, match="multiple of 3"):
+        mean.examples(10)
+    one, other, third = (probe.documents(2, seed=1) for probe in probes)
+    assert mean.documents(4, seed=1) == [one[0], other[0], third[0], one[1]]
+    assert mean.formats() == {("kv", "json", "numbers"), ("copy", None, "words"), ("phone_book", None, "None")}
+    assert all(f"for {probe.name}: {probe.easier}" in mean.easier for probe in probes)
+
+
+def test_a_format_that_was_trained_on_is_marked_in_any_size():
+    tasks = [{"probe": {"name": "ngram", "format": name, "length": 30}} for name in ("suffix", "prefix")]
+    tasks.append({"probe": MeanOf([KVRetrieval(), NGramLookup()]).settings()})
+    assert [task.trained_on for task in suite(tasks, [{"name": "ngram", "length": 12}])] == [True, False, True]
+    assert not any(task.trained_on for task in suite(tasks, []))
+
+
+def test_a_mean_is_measured_as_the_mean():
+    model, tokenizer, _ = build_tiny_retriever(seed=0)
+    solved, failed = KVRetrieval(format="lines", pairs=6, words=tuple(KEYS)), LetterChoice(shots=0)
+    task = ProbeTask(MeanOf([solved, failed]), num_examples=12)
+    assert task.measure(model, tokenizer, batch_size=5, seed=0, progress=False) == 0.5

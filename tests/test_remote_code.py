@@ -24,7 +24,7 @@ MODEL_ORDER = ["configuration_rad_hybrid", "ssd_kernels", "ssd_triton", "ssd_mam
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
-    | {"questions", "lookup_probes", "copy_probes", "asking", "probes"}
+    | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "probes"}
     | {"head_map", "losses", "distill_config", "plots", "memory", "documents"},
     {"probe_rows", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}

@@ -279,19 +279,14 @@ def suite(tasks: list[dict], trained: list[dict]) -> list[Task]:
         trained (`list[dict]`):
             Settings of the probes in the training data.
     """
-    formats = {_format(settings) for settings in trained}
+    formats = set().union(*(probe_from_settings(settings).formats() for settings in trained))
     made = [task_from_settings(settings) for settings in tasks]
     return [
         dataclasses.replace(task, trained_on=True)
-        if isinstance(task, ProbeTask) and _format(task.probe.settings()) in formats
+        if isinstance(task, ProbeTask) and task.probe.formats() & formats
         else task
         for task in made
     ]
-
-
-def _format(settings: dict) -> tuple:
-    settings = probe_from_settings(settings).settings()
-    return settings["name"], settings.get("format"), str(settings.get("values"))
 
 
 def trained_probes(student: Path | str) -> list[dict]:

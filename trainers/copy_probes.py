@@ -18,14 +18,14 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trainers.questions import Probe, Query, items
+from trainers.questions import Query, SceneProbe, items
 
 
 NGRAM_FORMATS = ("suffix", "prefix")
 
 
 @dataclass(frozen=True)
-class Copying(Probe):
+class Copying(SceneProbe):
     """
     Copying of a random string. One wrong item makes the whole copy wrong; [`~trainers.asking.token_accuracy`] says how
     much of it is right.
@@ -83,7 +83,7 @@ class Copying(Probe):
 
 
 @dataclass(frozen=True)
-class NGramLookup(Probe):
+class NGramLookup(SceneProbe):
     """
     Which item follows an n-gram of the string? No n-gram stands twice in a string.
 

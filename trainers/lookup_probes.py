@@ -20,7 +20,7 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trainers.questions import Probe, Query, common_words
+from trainers.questions import Query, SceneProbe, common_words
 
 
 KV_VALUES = ("numbers", "words", "uuids")
@@ -38,7 +38,7 @@ SURNAMES = (
 
 
 @dataclass(frozen=True)
-class _Lookup(Probe):
+class _Lookup(SceneProbe):
     """What every look-up probe shares: `_table` draws the entries, `_head` writes them, `_query` asks for one."""
 
     pairs: int = 20

@@ -56,22 +56,46 @@ class Query:
 
 class Probe(ABC):
     """
-    Base of all probes, which are frozen dataclasses of plain settings: a subclass draws scenes with `_scene`.
+    Base of all probes, which are frozen dataclasses of plain settings.
 
-    Its fields `shots` and `queries` say how many queries are answered in the prompt, and how many examples share one
-    scene and its shots. A probe whose scenes take a single query leaves `queries` at 1.
+    `queries` says how many consecutive examples begin alike, so that what reads them can run their beginning once.
     """
 
     # Name of the kind in settings, and what to try where a model fails the probe.
     kind: ClassVar[str]
     easier: ClassVar[str]
-    shots: int
     queries: ClassVar[int] = 1
 
     @property
     @abstractmethod
     def name(self) -> str:
         """Short name for tables and files."""
+
+    @abstractmethod
+    def settings(self) -> dict:
+        """Everything needed to make the probe again with [`~trainers.probes.probe_from_settings`]."""
+
+    @abstractmethod
+    def formats(self) -> set[tuple]:
+        """What a model has practised whose training data held this probe in any size: kind, format and values."""
+
+    @abstractmethod
+    def examples(self, n: int, seed: int = 0) -> list[Example]:
+        """Draws `n` questions; the same seed and settings give the same ones on any machine."""
+
+    @abstractmethod
+    def documents(self, n: int, seed: int = 0, queries: int = DOCUMENT_QUERIES) -> list[str]:
+        """Draws `n` training texts, of at most `queries` answered queries each."""
+
+
+class SceneProbe(Probe):
+    """
+    A probe that draws scenes: a subclass has `_scene`, and the field `shots`, the queries answered in the prompt.
+
+    A field `queries` above 1 lets that many examples share one scene and its shots.
+    """
+
+    shots: int
 
     @property
     @abstractmethod
@@ -90,6 +114,11 @@ class Probe(ABC):
             "name": self.kind,
             **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
         }
+
+    def formats(self) -> set[tuple]:
+        """What a model has practised whose training data held this probe in any size: kind, format and values."""
+        settings = self.settings()
+        return {(self.kind, settings.get("format"), str(settings.get("values")))}
 
     def examples(self, n: int, seed: int = 0) -> list[Example]:
         """

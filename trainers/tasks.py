@@ -72,6 +72,13 @@ class ProbeTask:
 
     def measure(self, model, tokenizer, batch_size: int, seed: int, progress: bool) -> float:
         """Returns the share of right answers, or of their tokens, between 0 and 1."""
+        pairs = self.ask(model, tokenizer, batch_size, seed, progress)
+        if self.per_token:
+            return sum(token_accuracy(tokenizer, example, text) for example, text in pairs) / len(pairs)
+        return sum(is_correct(text, example.answer) for example, text in pairs) / len(pairs)
+
+    def ask(self, model, tokenizer, batch_size: int, seed: int, progress: bool) -> list[tuple[Example, str]]:
+        """Returns each question with the model's greedy continuation of it."""
         examples = self.examples(seed)
         longest = max(len(EncodedAnswer.of(tokenizer, example).target) for example in examples)
         texts = generate_greedy(
@@ -84,10 +91,7 @@ class ProbeTask:
             progress,
             self.name,
         )
-        pairs = zip(texts, examples, strict=True)
-        if self.per_token:
-            return sum(token_accuracy(tokenizer, example, text) for text, example in pairs) / len(examples)
-        return sum(is_correct(text, example.answer) for text, example in pairs) / len(examples)
+        return list(zip(examples, texts, strict=True))
 
 
 @dataclass(frozen=True)
