@@ -109,15 +109,15 @@ class KVRetrieval(_Lookup):
 
     kind: ClassVar[str] = "kv"
     easier: ClassVar[str] = "more shots (2), another format (json or lines), numbers as values, or fewer pairs"
-    formats: ClassVar[tuple[str, ...]] = ("paper", "json", "lines")
+    known_formats: ClassVar[tuple[str, ...]] = ("paper", "json", "lines")
     format: str = "json"
     values: str | tuple[str, ...] = "numbers"
     words: tuple[str, ...] | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        if self.format not in self.formats:
-            raise ValueError(f"There is no probe format {self.format!r}; take one of {', '.join(self.formats)}.")
+        if self.format not in self.known_formats:
+            raise ValueError(f"There is no probe format {self.format!r}; take one of {', '.join(self.known_formats)}.")
         if isinstance(self.values, str) and self.values not in KV_VALUES:
             raise ValueError(f"values must be one of {', '.join(KV_VALUES)} or a list of values, not {self.values!r}.")
         # Settings read from JSON hold lists; a frozen probe holds tuples.
@@ -186,7 +186,7 @@ class MultiQueryRecall(KVRetrieval):
 
     kind: ClassVar[str] = "mqar"
     easier: ClassVar[str] = "more shots (4), numbers as values, or fewer pairs"
-    formats: ClassVar[tuple[str, ...]] = ("stream",)
+    known_formats: ClassVar[tuple[str, ...]] = ("stream",)
     format: str = "stream"
 
     def _head(self, keys: list[str], values: list[str]) -> str:
