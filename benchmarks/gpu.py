@@ -74,10 +74,10 @@ def cases(options: argparse.Namespace) -> None:
     """Sizes of every section, added to the options."""
     options.fields, options.kept = LLAMA_1B, shipped_head_map("meta-llama/Llama-3.2-1B-Instruct").kept_heads
     smollm2 = shipped_head_map("HuggingFaceTB/SmolLM2-135M-Instruct").kept_heads
-    options.shapes, options.dtypes = gpu_scan.SHAPES, [torch.bfloat16, torch.float32]
+    options.dtypes = [{"bfloat16": torch.bfloat16, "float32": torch.float32}[name] for name in options.dtypes]
     options.scan_cases = [("1B", state, tokens) for state in (8, 4, 16, 64) for tokens in (2048, 8192, 32768)]
     options.scan_cases += [("SmolLM2", 8, tokens) for tokens in (2048, 8192, 32768)]
-    options.states, options.tokens_at_once = [8, 64], 32768
+    options.tokens_at_once = 32768
     options.decode_cases = [(batch, context) for batch in (32, 128, 1) for context in (8192, 2048, 32768)]
     options.profile_case = (32, 8192)
     options.prompts = [8192, 32768, 131072]
@@ -92,7 +92,7 @@ def cases(options: argparse.Namespace) -> None:
     if options.decode:
         options.decode_cases = [tuple(map(int, case.split(":"))) for case in options.decode]
     if options.tiny:
-        options.fields, options.kept, options.shapes = TINY, TINY_KEPT, {"tiny": (2, 16)}
+        options.fields, options.kept, options.shapes = TINY, TINY_KEPT, ["tiny"]
         options.states = [8]
         options.scan_cases, options.tokens_at_once = [("tiny", 8, 96)], 96
         options.decode_cases, options.prompts = [(1, 64), (4, 64)], [64]
@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--quick", action="store_true", help="the cases that the goals are about")
     parser.add_argument("--tiny", action="store_true", help="sizes that a CPU can rehearse")
+    parser.add_argument("--shapes", nargs="+", choices=gpu_scan.SHAPES, default=["1B", "SmolLM2"], help="of the check")
+    parser.add_argument("--states", nargs="+", type=int, default=[8, 64], help="state sizes N of the check")
+    parser.add_argument("--dtypes", nargs="+", choices=["bfloat16", "float32"], default=["bfloat16", "float32"])
     parser.add_argument("--scan", nargs="+", metavar="SHAPE:N:TOKENS", help="cases of the scan")
     parser.add_argument("--decode", nargs="+", metavar="BATCH:CONTEXT", help="cases of decoding")
     parser.add_argument("--backends", nargs="+", choices=gpu_scan.BACKENDS, default=list(gpu_scan.BACKENDS))

@@ -24,7 +24,8 @@ REGIMES = {
     "extreme": lambda *shape: torch.rand(*shape, device=DEVICE) * 60 - 40,
 }
 BOUND = {torch.bfloat16: 5e-2, torch.float32: 2e-3}
-SHAPES = {"1B": (32, 64), "SmolLM2": (9, 64)}
+# Heads H and their size P.
+SHAPES = {"1B": (32, 64), "SmolLM2": (9, 64), "tiny": (2, 16)}
 
 
 def oracle(x, log_a, B, C, block: int = 256):
@@ -127,9 +128,10 @@ def check(report, options) -> None:
     columns = ["shape", "N", "tokens", "dtype", "documents", "y", "last state", "x", "log a", "B", "C", "first state"]
     add = report.table("Check: relative error of outputs and gradients against the recurrence in float64", columns)
     wrong = 0
-    for (heads, head_dim), state, tokens, packed, dtype in product(
-        options.shapes.values(), options.states, (61, 600), (False, True), options.dtypes
+    for shape, state, tokens, packed, dtype in product(
+        options.shapes, options.states, (61, 600), (False, True), options.dtypes
     ):
+        heads, head_dim = SHAPES[shape]
         x, A_log, B, C, dy = draw(2, tokens, heads, head_dim, state, "typical")
         first, dlast = torch.randn(2, 2, heads, head_dim, state, device=DEVICE)
         seq_idx = documents(2, tokens) if packed else None
@@ -150,7 +152,7 @@ def check(report, options) -> None:
             found.append([y, last, *torch.autograd.grad(total, leaves)])
         pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
         wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
-        add(f"{heads} x {head_dim}", state, tokens, str(dtype)[6:], "several" if packed else "one", *pairs)
+        add(shape, state, tokens, str(dtype)[6:], "several" if packed else "one", *pairs)
     if wrong:
         raise RuntimeError(f"{wrong} cases of the default back end are wrong here; set ssm_backend to 'torch'.")
     print("\nThe default back end is right here.", flush=True)
@@ -169,7 +171,7 @@ def run(report, options) -> None:
         ["shape", "N", "tokens", "dtype", "back end", *(f"{name} {what}" for name in REGIMES for what in ("y", "grad"))],
     )
     for shape, state, tokens in options.scan_cases:
-        heads, head_dim = options.shapes[shape]
+        heads, head_dim = SHAPES[shape]
         cases = []
         for regime in REGIMES:
             tensors = draw(1, tokens, heads, head_dim, state, regime)
@@ -190,7 +192,7 @@ def run(report, options) -> None:
     columns = ["shape", "N", "tokens", "batch", "dtype", "back end", "fwd ms", "fwd+bwd ms", "Mtokens/s", "peak MB", "speed"]
     add = report.table("Scan: time and memory (speed against the authors' call, forward and backward)", columns)
     for shape, state, tokens in options.scan_cases:
-        heads, head_dim = options.shapes[shape]
+        heads, head_dim = SHAPES[shape]
         batch = max(1, options.tokens_at_once // tokens)
         tensors = draw(batch, tokens, heads, head_dim, state, "typical")
         for dtype in options.dtypes:
