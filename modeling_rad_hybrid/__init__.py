@@ -3,7 +3,13 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_rad_hybrid import RadHybridConfig
-from .modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, RadHybridModel, RadHybridPreTrainedModel
+from .modeling_rad_hybrid import (
+    CACHE_NAME,
+    RadHybridForCausalLM,
+    RadHybridModel,
+    RadHybridPreTrainedModel,
+    attention_masks,
+)
 
 
 # Saved students carry these files, so that they load where this package is not installed.
@@ -28,4 +34,5 @@ __all__ = [
     "RadHybridForCausalLM",
     "RadHybridModel",
     "RadHybridPreTrainedModel",
+    "attention_masks",
 ]

@@ -1,13 +1,21 @@
 """
-Configuration of a RAD hybrid: a Llama-like backbone plus the list of attention heads that stay attention.
+Configuration of a RAD hybrid: a decoder's backbone plus the list of attention heads that stay attention.
+
+By default the backbone is Llama's. Further fields, named as in the configuration of the family that has them, make it
+that of Mistral, Qwen, SmolLM3, Phi, Granite or OLMo-2 (`trainers/families.py` fills them in).
 
 Paper: Retrieval-Aware Distillation for Transformer-SSM Hybrids, https://huggingface.co/papers/2602.11374, section 4.2.
 """
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
+QK_NORMS = (None, "head", "full")
+NORM_POSITIONS = ("pre", "post")
 MIXINGS = ("replace", "parallel")
 SSM_BACKENDS = ("auto", "torch", "compiled", "triton", "mamba_ssm")
 
@@ -18,6 +26,25 @@ class RadHybridConfig(PreTrainedConfig):
     Configuration of [`RadHybridForCausalLM`]. Backbone fields are those of `LlamaConfig`; the others are:
 
     Args:
+        attention_output_bias (`bool`, *optional*):
+            Whether `o_proj` has a bias, by default as `attention_bias` says of the others.
+        qk_norm (`str`, *optional*):
+            RMSNorm of queries and keys before the rotation: `"head"` over each head (Qwen3), `"full"` over all heads of
+            the layer together, also those that are not kept (OLMo-2).
+        norm_position (`str`, *optional*, defaults to `"pre"`):
+            `"pre"`: mixer and MLP read a normalised stream. `"post"`: what they give is normalised (OLMo-2).
+        no_rope_layers (`list[int]`, *optional*):
+            For each layer 1 if it has rotary embeddings and 0 if not (so in SmolLM3); by default all have.
+        sliding_window (`int`, *optional*):
+            Tokens that a sliding layer's attention sees, its own included.
+        sliding_layers (`list[int]`, *optional*):
+            Layers whose attention slides; by default all, if there is a `sliding_window`.
+        attention_multiplier (`float`, *optional*):
+            Factor of the attention scores, by default `head_dim**-0.5`.
+        embedding_multiplier (`float`, *optional*, defaults to 1.0), residual_multiplier (`float`, *optional*, defaults to 1.0):
+            Factors of the embeddings, and of what mixer and MLP add to the stream (Granite).
+        logits_scaling (`float`, *optional*, defaults to 1.0):
+            What the logits are divided by (Granite).
         kept_heads (`list[list[int]]`, *optional*):
             For each layer the sorted indices of the query heads that stay softmax attention. By default every head of
             every layer is kept, which makes the model the teacher itself.
@@ -68,6 +95,16 @@ class RadHybridConfig(PreTrainedConfig):
     attention_bias: bool = False
     attention_dropout: int | float | None = 0.0
     mlp_bias: bool = False
+    attention_output_bias: bool | None = None
+    qk_norm: str | None = None
+    norm_position: str = "pre"
+    no_rope_layers: list | None = None
+    sliding_window: int | None = None
+    sliding_layers: list | None = None
+    attention_multiplier: float | int | None = None
+    embedding_multiplier: float | int = 1.0
+    residual_multiplier: float | int = 1.0
+    logits_scaling: float | int = 1.0
     kept_heads: list | None = None
     mixing: str = "replace"
     ssm_state_size: int = 8
@@ -79,26 +116,29 @@ class RadHybridConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
+        # Sizes that make no sense are left to the validation below, which says so.
+        if self.head_dim is None and self.num_attention_heads:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.kept_heads is None:
             self.kept_heads = [list(range(self.num_attention_heads)) for _ in range(self.num_hidden_layers)]
         # Derived, whatever was passed: a stale list would give a layer the wrong cache.
-        self.layer_types = [self._layer_type(heads) for heads in self.kept_heads]
+        self.layer_types = [self._layer_type(layer, heads) for layer, heads in enumerate(self.kept_heads)]
         super().__post_init__(**kwargs)
 
-    def _layer_type(self, kept: list[int]) -> str:
+    def _layer_type(self, layer: int, kept: list[int]) -> str:
         # A layer without attention must not be `hybrid`: the cache would take its length from an empty KV buffer.
         # What is no list at all is left to the validation below, which says so.
         if not isinstance(kept, (list, tuple)) or not kept:
             return "linear_attention"
+        slides = self.sliding_window is not None and (self.sliding_layers is None or layer in self.sliding_layers)
         if self.mixing == "replace" and len(kept) == self.num_attention_heads:
-            return "full_attention"
-        return "hybrid"
+            return "sliding_attention" if slides else "full_attention"
+        return "hybrid_sliding" if slides else "hybrid"
 
     def validate_backbone(self):
         """Part of the strict validation: shapes that an attention layer cannot have."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -106,8 +146,40 @@ class RadHybridConfig(PreTrainedConfig):
                 f"{self.num_attention_heads} query heads cannot be shared out over {self.num_key_value_heads} KV heads; "
                 "num_attention_heads must be a multiple of num_key_value_heads."
             )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotary embeddings need an even number of at least 2.")
+        rotary = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+        if not 2 <= rotary <= self.head_dim or rotary % 2:
+            raise ValueError(
+                f"{rotary} of the {self.head_dim} dimensions of a head (head_dim) would be rotated; rotary embeddings "
+                "need an even number of at least 2."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act is {self.hidden_act!r}, which transformers has no activation for.")
+
+    def validate_variant(self):
+        """Part of the strict validation: what sets one family's backbone apart from another's."""
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm is {self.qk_norm!r}; choose one of {', '.join(map(str, QK_NORMS))}.")
+        if self.norm_position not in NORM_POSITIONS:
+            raise ValueError(f"norm_position is {self.norm_position!r}; choose one of {', '.join(NORM_POSITIONS)}.")
+        if self.no_rope_layers is not None and (
+            len(self.no_rope_layers) != self.num_hidden_layers or not set(self.no_rope_layers) <= {0, 1}
+        ):
+            raise ValueError(
+                f"no_rope_layers is {self.no_rope_layers}; give a 1 (rotated) or a 0 (not) for each of the "
+                f"{self.num_hidden_layers} layers."
+            )
+        if self.sliding_window is not None and self.sliding_window < 1:
+            raise ValueError(f"sliding_window is {self.sliding_window}; it must be at least 1, or None for no window.")
+        if self.sliding_layers and self.sliding_window is None:
+            raise ValueError("sliding_layers names layers, but there is no sliding_window for them.")
+        if not set(self.sliding_layers or []) <= set(range(self.num_hidden_layers)):
+            raise ValueError(
+                f"sliding_layers is {self.sliding_layers}; the model has layers 0 to {self.num_hidden_layers - 1}."
+            )
+        for name in ("attention_multiplier", "embedding_multiplier", "residual_multiplier", "logits_scaling"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be a positive number.")
 
     def validate_kept_heads(self):
         """Part of the strict validation: one sorted list of distinct head indices for each layer."""

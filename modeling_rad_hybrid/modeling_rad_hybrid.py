@@ -5,7 +5,8 @@ Paper: Retrieval-Aware Distillation for Transformer-SSM Hybrids, https://hugging
 
     model = AutoModelForCausalLM.from_pretrained("org/student", trust_remote_code=True)
 
-The backbone is Llama's and reproduces it bit for bit when every head is kept. Caches are transformers' own, chosen by
+With every head kept the student is its teacher: bit for bit for a Llama, and a Mistral, Qwen, SmolLM3, Phi, Granite or
+OLMo-2 by the configuration's further fields. Caches are transformers' own, chosen by
 `config.layer_types`. Shape letters: B batch, T tokens, D model width, H query heads, K KV heads, P head dim.
 """
 
@@ -14,71 +15,34 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    create_sliding_window_causal_mask,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbone import RadHybridMLP, RadHybridRMSNorm, RadHybridRotaryEmbedding, rotate
 from .configuration_rad_hybrid import RadHybridConfig
 from .discrete_mamba2 import DiscreteMamba2
 
 
 # The argument and output that transformers keeps the cache under: `cache` from 5.24 on, `past_key_values` before.
 CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-class RadHybridRMSNorm(nn.Module):
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(hidden_size))
-        self.eps = eps
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        dtype = hidden_states.dtype
-        hidden_states = hidden_states.float()
-        hidden_states = hidden_states * torch.rsqrt(hidden_states.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * hidden_states.to(dtype)
-
-
-class RadHybridRotaryEmbedding(nn.Module):
-    """Rotary angles; the attributes' names are those by which transformers rebuilds the buffers after a meta load."""
-
-    def __init__(self, config: RadHybridConfig):
-        super().__init__()
-        self.config = config
-        self.max_seq_len_cached = self.original_max_seq_len = config.max_position_embeddings
-        self.rope_type = config.rope_parameters["rope_type"]
-        rope_init_fn = self.compute_default_rope_parameters
-        if self.rope_type != "default":
-            rope_init_fn = ROPE_INIT_FUNCTIONS[self.rope_type]
-        inv_freq, self.attention_scaling = rope_init_fn(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
-
-    @staticmethod
-    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float, device=device) / config.head_dim
-        return 1.0 / (config.rope_parameters["rope_theta"] ** exponents), 1.0
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1)  # [B, T, P]
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
-        return cos.to(x.dtype), sin.to(x.dtype)
-
-
-def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Applies rotary angles `[B, T, P]` to `[B, H, T, P]`."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+# Which mask the kept heads of a layer want, by the layer's type.
+MASK_KINDS = {
+    "linear_attention": None,
+    "full_attention": "full_attention",
+    "hybrid": "full_attention",
+    "sliding_attention": "sliding_attention",
+    "hybrid_sliding": "sliding_attention",
+}
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -99,6 +63,11 @@ class RadHybridAttention(nn.Module):
 
     Attention back ends want the same number of query heads for each KV head, so groups with fewer kept heads are
     filled up with zero queries, whose outputs are dropped: cheaper than copies of K and V.
+
+    A norm over the whole width (`qk_norm="full"`) divides the queries of every head by a number that depends on all
+    heads, so that kept heads alone could only guess it. `q_rest_proj` and `k_rest_proj` are the teacher's projections of
+    the heads that are not kept, computed for that number only: kept heads stay exactly what they were, at the price of
+    these two products (no cache) in layers that keep some heads and not all.
     """
 
     def __init__(self, config: RadHybridConfig, layer_idx: int):
@@ -112,19 +81,45 @@ class RadHybridAttention(nn.Module):
         self.head_dim = config.head_dim
         self.num_heads, self.num_key_value_heads = len(kept), len(groups)
         self.num_key_value_groups = max(len(group) for group in members)
-        self.scaling = self.head_dim**-0.5
+        self.scaling = self.head_dim**-0.5 if config.attention_multiplier is None else config.attention_multiplier
+        self.sliding_window = config.sliding_window if "sliding" in config.layer_types[layer_idx] else None
+        self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
+        self.qk_norm = config.qk_norm
         self.is_causal = True
         # Slot of each kept head among the filled-up queries; plain integers, so that a meta load has nothing to rebuild.
         self.slots = [g * self.num_key_value_groups + i for g, group in enumerate(members) for i in range(len(group))]
         self.even = len(self.slots) == self.num_key_value_heads * self.num_key_value_groups
-        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=config.attention_bias)
-        self.k_proj = nn.Linear(
-            config.hidden_size, self.num_key_value_heads * self.head_dim, bias=config.attention_bias
-        )
-        self.v_proj = nn.Linear(
-            config.hidden_size, self.num_key_value_heads * self.head_dim, bias=config.attention_bias
-        )
-        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.attention_bias)
+        queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias, output_bias = config.attention_bias, config.attention_output_bias
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias if output_bias is None else output_bias)
+        self.q_norm = self.k_norm = self.q_rest_proj = self.k_rest_proj = None
+        if self.qk_norm == "head":
+            self.q_norm = RadHybridRMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RadHybridRMSNorm(self.head_dim, config.rms_norm_eps)
+        if self.qk_norm == "full":
+            self.q_norm = RadHybridRMSNorm(queries, config.rms_norm_eps)
+            self.k_norm = RadHybridRMSNorm(keys, config.rms_norm_eps)
+            if rest := config.num_attention_heads - self.num_heads:
+                self.q_rest_proj = nn.Linear(config.hidden_size, rest * self.head_dim, bias=bias)
+            if rest := config.num_key_value_heads - self.num_key_value_heads:
+                self.k_rest_proj = nn.Linear(config.hidden_size, rest * self.head_dim, bias=bias)
+
+    def project(self, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[B, H, T, P]`, keys and values `[B, K, T, P]`, normalised and rotated as the configuration says."""
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        if self.qk_norm == "full":
+            query = self.q_norm(query, None if self.q_rest_proj is None else self.q_rest_proj(hidden_states))
+            key = self.k_norm(key, None if self.k_rest_proj is None else self.k_rest_proj(hidden_states))
+        query, key, value = (t.unflatten(-1, (-1, self.head_dim)) for t in (query, key, value))
+        if self.qk_norm == "head":
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        if self.rotary:
+            query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        return query, key, value
 
     def forward(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """Maps `[B, T, D]` to `[B, T, D]` and the attention weights of the kept heads, where the back end has them."""
@@ -133,10 +128,7 @@ class RadHybridAttention(nn.Module):
 
     def features(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
         """What the output projection reads: the kept heads' outputs side by side, `[B, T, H P]`, and the weights."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query = rotate(self.q_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, H, T, P]
-        key = rotate(self.k_proj(hidden_states).view(shape).transpose(1, 2), *position_embeddings)  # [B, K, T, P]
-        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)  # [B, K, T, P]
+        query, key, value = self.project(hidden_states, position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if not self.even:
@@ -155,6 +147,7 @@ class RadHybridAttention(nn.Module):
             attention_mask,
             dropout=self.config.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
+            sliding_window=self.sliding_window,
             **kwargs,
         )  # [B, T, H, P]
         if not self.even:
@@ -197,6 +190,7 @@ class RadHybridMixer(nn.Module):
         super().__init__()
         kept = len(config.kept_heads[layer_idx])
         parallel = config.mixing == "parallel"
+        self.mask_kind = MASK_KINDS[config.layer_types[layer_idx]]
         recurrent = config.num_attention_heads if parallel else config.num_attention_heads - kept
         self.attention = RadHybridAttention(config, layer_idx) if kept else None
         self.ssm = DiscreteMamba2(config, layer_idx, recurrent) if recurrent else None
@@ -227,31 +221,33 @@ class RadHybridMixer(nn.Module):
         return self.adapter(attended, recurrent), weights
 
 
-class RadHybridMLP(nn.Module):
-    def __init__(self, config: RadHybridConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
-
-
 class RadHybridDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: RadHybridConfig, layer_idx: int):
         super().__init__()
         self.mixer = RadHybridMixer(config, layer_idx)
         self.mlp = RadHybridMLP(config)
-        self.input_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_norm, self.residual_multiplier = config.norm_position == "post", config.residual_multiplier
+        # The names of the families that have them: in one order `post_attention_layernorm` is the MLP's, in the other
+        # the mixer's.
+        if self.post_norm:
+            self.post_attention_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+        else:
+            self.input_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_attention_layernorm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, hidden_states: torch.Tensor, cache=None, past_key_values=None, **kwargs) -> torch.Tensor:
         cache = past_key_values if cache is None else cache
-        mixed, _ = self.mixer(self.input_layernorm(hidden_states), cache=cache, **kwargs)
-        hidden_states = hidden_states + mixed
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        if self.post_norm:
+            mixed = self.post_attention_layernorm(self.mixer(hidden_states, cache=cache, **kwargs)[0])
+        else:
+            mixed, _ = self.mixer(self.input_layernorm(hidden_states), cache=cache, **kwargs)
+        hidden_states = torch.add(hidden_states, mixed, alpha=self.residual_multiplier)
+        if self.post_norm:
+            mixed = self.post_feedforward_layernorm(self.mlp(hidden_states))
+        else:
+            mixed = self.mlp(self.post_attention_layernorm(hidden_states))
+        return torch.add(hidden_states, mixed, alpha=self.residual_multiplier)
 
 
 class RadHybridPreTrainedModel(PreTrainedModel):
@@ -317,6 +313,25 @@ def document_index(
     return nn.functional.pad(starts.cumsum(-1, dtype=torch.int32), (1, 0))
 
 
+def attention_masks(config: RadHybridConfig, **arguments) -> dict[str, torch.Tensor | None]:
+    """
+    The masks that the layers of a student want: `linear_attention` for recurrent heads, and the kinds of [`MASK_KINDS`]
+    that its kept heads have. Arguments are those of transformers' mask functions.
+
+    Not transformers' `create_masks_for_generate`: that forgets the window of `hybrid_sliding` layers, and takes the
+    length of the cache from a layer of another kind where both kinds are hybrid.
+    """
+    masks = {"linear_attention": create_recurrent_attention_mask(config=config, **arguments)}
+    for kind, create in (
+        ("full_attention", create_causal_mask),
+        ("sliding_attention", create_sliding_window_causal_mask),
+    ):
+        layers = [layer for layer, name in enumerate(config.layer_types) if MASK_KINDS[name] == kind]
+        if layers:
+            masks[kind] = create(config=config, layer_idx=layers[0], **arguments)
+    return masks
+
+
 class RadHybridModel(RadHybridPreTrainedModel):
     def __init__(self, config: RadHybridConfig):
         super().__init__(config)
@@ -359,22 +374,21 @@ class RadHybridModel(RadHybridPreTrainedModel):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(seen, seen + tokens, device=inputs_embeds.device)[None]
         if not isinstance(attention_mask, dict):
-            mask_arguments = {
-                "config": self.config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                CACHE_NAME: cache,
-                "position_ids": position_ids,
-            }
-            attention_mask = {"linear_attention": create_recurrent_attention_mask(**mask_arguments)}
-            if any(self.config.kept_heads):
-                attention_mask["full_attention"] = create_causal_mask(**mask_arguments)
+            attention_mask = attention_masks(
+                self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                **{CACHE_NAME: cache},
+            )
         hidden_states = inputs_embeds
+        if self.config.embedding_multiplier != 1:
+            hidden_states = hidden_states * self.config.embedding_multiplier
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention_mask.get("full_attention"),
+                attention_mask=attention_mask.get(layer.mixer.mask_kind),
                 recurrent_mask=attention_mask.get("linear_attention"),
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
@@ -404,6 +418,20 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
+        """As transformers' function of this name, see [`attention_masks`]."""
+        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
+        return attention_masks(config, **arguments, **{CACHE_NAME: kwargs[CACHE_NAME]})
+
+    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
+        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
+        # longrope has other frequencies beyond the length of its pretraining: what is cached belongs to the old ones.
+        if rope["rope_type"] == "longrope" and cache is not None:
+            if cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
+                kwargs[CACHE_NAME] = next_sequence_length = None
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+
     @can_return_tuple
     def forward(
         self,
@@ -430,6 +458,8 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -442,4 +472,4 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         )
 
 
-__all__ = ["CACHE_NAME", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]
+__all__ = ["CACHE_NAME", "attention_masks", "RadHybridForCausalLM", "RadHybridModel", "RadHybridPreTrainedModel"]

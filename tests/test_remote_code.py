@@ -20,13 +20,14 @@ from trainers.staging import code_files
 SHIPPED = Path(modeling_rad_hybrid.__file__).parent
 TRAINERS = Path(trainers.__file__).parent
 # From the ground up. A module imports from its own folder only what stands before it.
-MODEL_ORDER = ["configuration_rad_hybrid", "ssd_kernels", "ssd_triton", "ssd_mamba", "ssd", "discrete_mamba2", "modeling_rad_hybrid"]
+MODEL_ORDER = ["configuration_rad_hybrid", "backbone", "ssd_kernels", "ssd_triton", "ssd_mamba", "ssd", "discrete_mamba2"]
+MODEL_ORDER += ["modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "probes"}
     | {"head_map", "losses", "distill_config", "plots", "memory", "documents"},
-    {"probe_rows", "ablation", "head_scoring", "selection", "families", "teachers", "tasks", "recipe"},
+    {"probe_rows", "ablation", "head_scoring", "selection", "families", "memory", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},
