@@ -63,7 +63,9 @@ def rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     if rotated < states.shape[-1]:
         return torch.cat([rotate(states[..., :rotated], cos, sin), states[..., rotated:]], dim=-1)
     first, second = states.chunk(2, dim=-1)
-    return states * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    states_90 = torch.cat((-second, first), dim=-1)
+    # Angles may be float32 beside bfloat16 states: OLMo-2's are.
+    return (states * cos[:, None] + states_90 * sin[:, None]).to(states.dtype)
 
 
 class RadHybridMLP(nn.Module):

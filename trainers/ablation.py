@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trainers.families import logits_scale, sliding_layers
 from trainers.probe_rows import PackedExamples
 from trainers.probes import EncodedAnswer, is_correct
 
@@ -107,11 +108,27 @@ class Ablator:
             hooks.callback(self.layers[-1].register_forward_hook(lambda *call: last.append(_tensor(call[-1]))).remove)
             inputs = {"input_ids": self.packed.input_ids, "use_cache": False}
             if self.packed.visible is not None:
-                mask = torch.zeros(self.packed.visible.shape, dtype=self.model.dtype, device=self.model.device)
-                mask.masked_fill_(~self.packed.visible, torch.finfo(mask.dtype).min)
-                inputs |= {"attention_mask": mask, "position_ids": self.packed.position_ids}
+                inputs |= {"attention_mask": self._masks(), "position_ids": self.packed.position_ids}
             self.model.base_model(**inputs)
         return last[0]  # [B, T, D], before the final norm
+
+    def _masks(self) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What hides tokens from one another, [B, 1, T, T]; by kind of layer where some slide and others do not."""
+
+        def mask(visible: torch.Tensor) -> torch.Tensor:
+            zeros = torch.zeros(visible.shape, dtype=self.model.dtype, device=self.model.device)
+            return zeros.masked_fill_(~visible, torch.finfo(zeros.dtype).min)
+
+        visible, positions = self.packed.visible, self.packed.position_ids
+        slides = sliding_layers(self.model.config)
+        if not slides:
+            return mask(visible)
+        # A model takes a ready-made mask as it is, so the window must be in it.
+        distance = positions[:, None, :, None] - positions[:, None, None, :]  # [B, 1, T, T]
+        sliding = mask(visible & (distance < self.model.config.sliding_window))
+        if len(slides) == len(self.layers):
+            return sliding
+        return {"full_attention": mask(visible), "sliding_attention": sliding}
 
     def run(self, ablations: list[Heads], means: list[torch.Tensor] | None = None) -> torch.Tensor:
         """
@@ -245,11 +262,11 @@ class HeadAblation(Ablator):
 
     def _generated(self, scored: torch.Tensor) -> Outcome:
         """Whether greedy generation gives each answer, and the log-probability of answer and end."""
-        packed, head = self.packed, self.model.get_output_embeddings()
+        packed, head, scale = self.packed, self.model.get_output_embeddings(), logits_scale(self.model.config)
         step = max(1, MAX_LOGITS // (len(scored) * head.weight.shape[0]))
         best, log_probs = [], []
         for first in range(0, scored.shape[1], step):
-            logits = head(scored[:, first : first + step]).float()  # [n, step, V]
+            logits = head(scored[:, first : first + step]).float() * scale  # [n, step, V]
             target = packed.target[first : first + step].clamp(min=0).expand(len(scored), -1)
             best.append(logits.argmax(-1))
             log_probs.append(logits.gather(-1, target[:, :, None])[:, :, 0] - logits.logsumexp(-1))
@@ -262,10 +279,11 @@ class HeadAblation(Ablator):
     def _ranked(self, scored: torch.Tensor) -> Outcome:
         """Whether each answer's first token is the likeliest of the candidates'; only their rows of the LM head."""
         weight, bias = self.model.get_output_embeddings().weight, self.model.get_output_embeddings().bias
+        scale = logits_scale(self.model.config)
         correct, log_prob = [], []
         for (first, _), tokens in zip(self.packed.spans, self.candidates, strict=True):
             logits = scored[:, first] @ weight[tokens].T  # [n, candidates], the right one first
-            logits = (logits if bias is None else logits + bias[tokens]).float()
+            logits = (logits if bias is None else logits + bias[tokens]).float() * scale
             correct.append(logits.argmax(-1) == 0)
             log_prob.append(logits.double().log_softmax(-1)[:, 0])
         return Outcome(torch.stack(correct, 1).cpu(), torch.stack(log_prob, 1).cpu())

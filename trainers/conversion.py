@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
-from trainers.families import backbone_fields
+from trainers.families import backbone_fields, backbone_tensors
 from trainers.head_map import HeadMap
 from trainers.memory import cache_bytes, kv_bytes_per_token, state_bytes
 
@@ -63,42 +63,67 @@ def convert(
     config._name_or_path = head_map.teacher.id
     student = RadHybridForCausalLM(config).to(device=teacher.device, dtype=teacher.dtype).eval()
     names = {name for name, _ in student.named_parameters()}
-    shared = {name: tensor for name, tensor in teacher.state_dict().items() if name in names}
-    student.load_state_dict(shared, strict=False)
+    tensors = backbone_tensors(teacher)
+    student.load_state_dict({name: tensor for name, tensor in tensors.items() if name in names}, strict=False)
     generator = torch.Generator().manual_seed(seed)
-    for layer, source in zip(student.model.layers, teacher.model.layers, strict=True):
-        _convert_layer(layer.mixer, source.self_attn, config, generator)
+    for index, layer in enumerate(student.model.layers):
+        prefix = f"model.layers.{index}.self_attn."
+        source = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        _convert_layer(layer.mixer, source, config, config.kept_heads[index], generator)
     student.tie_weights()
     if teacher.generation_config is not None:
         student.generation_config = teacher.generation_config
     return student
 
 
-def _convert_layer(mixer: nn.Module, source: nn.Module, config: RadHybridConfig, generator: torch.Generator) -> None:
-    """Copies one attention layer of the teacher into a mixer."""
-    kept = config.kept_heads[source.layer_idx]
+def _convert_layer(
+    mixer: nn.Module,
+    source: dict[str, torch.Tensor],
+    config: RadHybridConfig,
+    kept: list[int],
+    generator: torch.Generator,
+) -> None:
+    """Copies one attention layer of the teacher, `source` by the names of its tensors, into a mixer."""
     per_group = config.num_attention_heads // config.num_key_value_heads
+    output_bias = source.get("o_proj.bias")
     if mixer.attention is not None:
-        groups = sorted({head // per_group for head in kept})
-        _copy_rows(mixer.attention.q_proj, source.q_proj, kept, config.head_dim)
-        _copy_rows(mixer.attention.k_proj, source.k_proj, groups, config.head_dim)
-        _copy_rows(mixer.attention.v_proj, source.v_proj, groups, config.head_dim)
-        mixer.attention.o_proj.weight.copy_(_columns(source.o_proj, kept, config.head_dim))
-        if source.o_proj.bias is not None:
-            mixer.attention.o_proj.bias.copy_(source.o_proj.bias)
+        _copy_attention(mixer.attention, source, config, kept)
+        if output_bias is not None:
+            mixer.attention.o_proj.bias.copy_(output_bias)
     if mixer.ssm is not None:
         converted = list(range(config.num_attention_heads))
         if config.mixing == "replace":
             converted = [head for head in converted if head not in kept]
         _start_recurrent(mixer.ssm, source, converted, per_group, generator)
-        if mixer.attention is None and source.o_proj.bias is not None:
-            mixer.ssm.out_proj.bias.copy_(source.o_proj.bias)
+        if mixer.attention is None and output_bias is not None:
+            mixer.ssm.out_proj.bias.copy_(output_bias)
     if mixer.adapter is not None:
         nn.init.eye_(mixer.adapter.proj.weight)
         nn.init.zeros_(mixer.adapter.proj.bias)
 
 
-def _start_recurrent(ssm: nn.Module, source: nn.Module, heads: list[int], per_group: int, generator) -> None:
+def _copy_attention(attention: nn.Module, source: dict[str, torch.Tensor], config: RadHybridConfig, kept) -> None:
+    """Copies the kept heads: their rows of the projections and norms, and their columns of the output projection."""
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    kept_groups = sorted({head // (heads // groups) for head in kept})
+    rest = [head for head in range(heads) if head not in kept]
+    rest_groups = [group for group in range(groups) if group not in kept_groups]
+    chosen = [(attention.q_proj, "q_proj", kept), (attention.k_proj, "k_proj", kept_groups)]
+    chosen += [(attention.v_proj, "v_proj", kept_groups)]
+    chosen += [(attention.q_rest_proj, "q_proj", rest), (attention.k_rest_proj, "k_proj", rest_groups)]
+    if config.qk_norm == "full":
+        chosen += [(attention.q_norm, "q_norm", kept), (attention.k_norm, "k_norm", kept_groups)]
+    if config.qk_norm == "head":
+        chosen += [(attention.q_norm, "q_norm", [0]), (attention.k_norm, "k_norm", [0])]
+    for target, name, rows in chosen:
+        for kind, tensor in [] if target is None else target.named_parameters():
+            tensor.copy_(_rows(source[f"{name}.{kind}"], rows, config.head_dim))
+    attention.o_proj.weight.copy_(_columns(source["o_proj.weight"], kept, config.head_dim))
+
+
+def _start_recurrent(
+    ssm: nn.Module, source: dict[str, torch.Tensor], heads: list[int], per_group: int, generator: torch.Generator
+) -> None:
     """Starts the recurrent heads of one layer from the teacher's heads with these indices."""
     weight, bias = ssm.in_proj.weight, ssm.in_proj.bias
     inner, state, number = ssm.sections[0], len(heads) * ssm.state_size, len(heads)
@@ -107,14 +132,14 @@ def _start_recurrent(ssm: nn.Module, source: nn.Module, heads: list[int], per_gr
     z.zero_(), A_log.zero_(), BC_bias.zero_(), x_bias.zero_()
     z_bias.fill_(OPEN_GATE)
     groups = [head // per_group for head in heads]
-    x.copy_(_rows(source.v_proj.weight, groups, ssm.head_dim))
-    if source.v_proj.bias is not None:
-        x_bias.copy_(_rows(source.v_proj.bias, groups, ssm.head_dim))
+    x.copy_(_rows(source["v_proj.weight"], groups, ssm.head_dim))
+    if "v_proj.bias" in source:
+        x_bias.copy_(_rows(source["v_proj.bias"], groups, ssm.head_dim))
     BC.copy_(torch.randn(BC.shape, generator=generator) / math.sqrt(BC.shape[1]))
     slow, fast = math.log(-math.log(SLOWEST)), math.log(-math.log(FASTEST))
     rates = torch.linspace(slow, fast, number).exp()  # -log a
     A_log_bias.copy_(rates.expm1().log())
-    ssm.out_proj.weight.copy_(_columns(source.o_proj, heads, ssm.head_dim))
+    ssm.out_proj.weight.copy_(_columns(source["o_proj.weight"], heads, ssm.head_dim))
     ssm.out_proj.bias.zero_()
     ssm.D.zero_()
     ssm.conv1d.weight.zero_()
@@ -125,14 +150,8 @@ def _rows(tensor: torch.Tensor, heads: list[int], head_dim: int) -> torch.Tensor
     return tensor.unflatten(0, (-1, head_dim))[heads].flatten(0, 1)
 
 
-def _columns(projection: nn.Linear, heads: list[int], head_dim: int) -> torch.Tensor:
-    return projection.weight.unflatten(1, (-1, head_dim))[:, heads].flatten(1)
-
-
-def _copy_rows(target: nn.Linear, source: nn.Linear, heads: list[int], head_dim: int) -> None:
-    target.weight.copy_(_rows(source.weight, heads, head_dim))
-    if source.bias is not None:
-        target.bias.copy_(_rows(source.bias, heads, head_dim))
+def _columns(weight: torch.Tensor, heads: list[int], head_dim: int) -> torch.Tensor:
+    return weight.unflatten(1, (-1, head_dim))[:, heads].flatten(1)
 
 
 def summary(student: RadHybridForCausalLM, teacher: PreTrainedModel) -> list[tuple[str, str, str]]:

@@ -29,12 +29,12 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from transformers.masking_utils import create_causal_mask, create_recurrent_attention_mask
 from trl import SFTTrainer
 from trl.models import prepare_deepspeed
 
-from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM
+from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, attention_masks
 from trainers.distill_config import RadDistillationConfig
+from trainers.families import logits_scale
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
 from trainers.packing import DocumentCollator
 from trainers.precision import resolve_dtype
@@ -329,25 +329,22 @@ class RadDistillationTrainer(SFTTrainer):
         with self.accelerator.autocast():
             with torch.no_grad(), recorded_mixers(self._teacher().model.layers) as records:
                 self._teacher().model(**_body_inputs(inputs), use_cache=False)
-            masks = {
-                "config": body.config,
-                "inputs_embeds": records[0][0],
-                "attention_mask": inputs.get("attention_mask"),
-                CACHE_NAME: None,
-                "position_ids": inputs.get("position_ids"),
-            }
-            arguments = {
-                "attention_mask": create_causal_mask(**masks),
-                "recurrent_mask": create_recurrent_attention_mask(**masks),
-                "seq_idx": inputs.get("seq_idx"),
-            }
+            masks = attention_masks(
+                body.config,
+                inputs_embeds=records[0][0],
+                attention_mask=inputs.get("attention_mask"),
+                position_ids=inputs.get("position_ids"),
+                **{CACHE_NAME: None},
+            )
+            arguments = {"recurrent_mask": masks["linear_attention"], "seq_idx": inputs.get("seq_idx")}
             # Autocast takes any type; without it a bfloat16 teacher would meet float32 weights.
             dtype = records[0][0].dtype if torch.is_autocast_enabled(self.args.device.type) else body.dtype
             mixed = partial(checkpoint, use_reentrant=False) if self.args.gradient_checkpointing else _call
             losses, measured = [], []
             for layer, (hidden_states, position_embeddings, target) in zip(body.layers, records, strict=True):
-                cos, sin = (t.to(dtype) for t in position_embeddings)
-                output, _ = mixed(layer.mixer, hidden_states.to(dtype), position_embeddings=(cos, sin), **arguments)
+                arguments["position_embeddings"] = tuple(t.to(dtype) for t in position_embeddings)
+                arguments["attention_mask"] = masks.get(layer.mixer.mask_kind)
+                output, _ = mixed(layer.mixer, hidden_states.to(dtype), **arguments)
                 loss, sums = alignment_loss(output[:, :-1], target[:, :-1], counted, self.args.alignment_loss_type)
                 losses.append(loss)
                 measured.append(sums)
@@ -363,7 +360,9 @@ class RadDistillationTrainer(SFTTrainer):
             with torch.no_grad():
                 teacher_hidden = teacher.model(**body_inputs, use_cache=False).last_hidden_state[rows, columns]
             hidden = student.model(**body_inputs, seq_idx=inputs.get("seq_idx"), use_cache=False).last_hidden_state
-            hidden = hidden[rows, columns]  # [N, D]
+            # The heads' weights are used as they are, so a family's scaling of its logits goes into what they read.
+            teacher_hidden = teacher_hidden * logits_scale(teacher.config)
+            hidden = hidden[rows, columns] * logits_scale(student.config)  # [N, D]
             head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
             heads = hidden, head, teacher_hidden, teacher_head
             loss, (kd, ce) = head_loss(

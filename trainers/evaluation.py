@@ -26,6 +26,7 @@ import torch
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from trainers.families import logits_scale
 from trainers.memory import cache_bytes
 from trainers.tasks import ChoiceTask, Task
 
@@ -112,7 +113,8 @@ def text_loss(model, batches: Iterable[torch.Tensor], progress: bool = True) -> 
         `ValueError`: when there is no token to predict.
     """
     total, count = 0.0, 0
-    scale, softcap = _head_settings(model.config)
+    # Gemma 2 caps its logits.
+    scale, softcap = logits_scale(model.config), model.config.to_dict().get("final_logit_softcapping")
     for input_ids in tqdm(batches, desc="held-out text", disable=not progress, leave=False):
         input_ids = input_ids.to(model.device)
         hidden_states = model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state  # [B, T, D]
@@ -284,13 +286,6 @@ def hardware() -> str:
 def versions() -> dict[str, str]:
     """Versions of the packages a measurement depends on."""
     return {name: importlib.metadata.version(name) for name in ("hf-rad", "torch", "transformers", "trl")}
-
-
-def _head_settings(config) -> tuple[float, float | None]:
-    # Cohere multiplies its logits by `logit_scale`, Granite divides by `logits_scaling`, Gemma 2 caps them.
-    values = config.to_dict()
-    scale = (values.get("logit_scale") or 1.0) / (values.get("logits_scaling") or 1.0)
-    return scale, values.get("final_logit_softcapping")
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -1,5 +1,6 @@
 """
 Bytes of a model's cache, counted from its configuration: KV cache of the attention heads, state of the recurrent ones.
+A layer with a sliding window stores one token less than the window, as transformers' caches do.
 
     cache_bytes(student.config, tokens=8192) / cache_bytes(teacher.config, tokens=8192)
 
@@ -9,15 +10,22 @@ the model's dtype and no convolution window: `private_kv=True, conv=False` repro
 
 from transformers import PreTrainedConfig
 
+from trainers.families import sliding_layers
+
+
+def kv_heads_by_layer(config: PreTrainedConfig, private_kv: bool = False) -> list[int]:
+    """Heads with a K and V of their own in each layer; `private_kv` counts one for each kept query head."""
+    if config.model_type != "rad_hybrid":
+        return [config.num_key_value_heads] * config.num_hidden_layers
+    if private_kv:
+        return [len(heads) for heads in config.kept_heads]
+    per_group = config.num_attention_heads // config.num_key_value_heads
+    return [len({head // per_group for head in heads}) for heads in config.kept_heads]
+
 
 def kv_heads(config: PreTrainedConfig, private_kv: bool = False) -> int:
-    """Heads with a K and V of their own in all layers together; `private_kv` counts one for each kept query head."""
-    if config.model_type != "rad_hybrid":
-        return config.num_hidden_layers * config.num_key_value_heads
-    if private_kv:
-        return sum(len(heads) for heads in config.kept_heads)
-    per_group = config.num_attention_heads // config.num_key_value_heads
-    return sum(len({head // per_group for head in heads}) for heads in config.kept_heads)
+    """As [`kv_heads_by_layer`], of all layers together."""
+    return sum(kv_heads_by_layer(config, private_kv))
 
 
 def recurrent_heads(config: PreTrainedConfig) -> int:
@@ -29,9 +37,13 @@ def recurrent_heads(config: PreTrainedConfig) -> int:
 
 
 def kv_bytes_per_token(config: PreTrainedConfig, dtype_bytes: int = 2, private_kv: bool = False) -> int:
-    """Bytes that one more token adds to the KV cache of one sequence."""
-    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
-    return kv_heads(config, private_kv) * 2 * head_dim * dtype_bytes
+    """Bytes that one more token adds to the KV cache of one sequence, before it fills a sliding window."""
+    return kv_heads(config, private_kv) * 2 * _head_dim(config) * dtype_bytes
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    # Some families' configurations have no such field.
+    return config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def state_bytes(config: PreTrainedConfig, dtype_bytes: int = 2, state_dtype_bytes: int = 4, conv: bool = True) -> int:
@@ -65,7 +77,7 @@ def cache_bytes(
     Bytes of the whole cache of `batch` sequences of `tokens` tokens.
 
     Args:
-        config (`PreTrainedConfig`): configuration of a [`RadHybridForCausalLM`] or of a Llama-like teacher.
+        config (`PreTrainedConfig`): configuration of a [`RadHybridForCausalLM`] or of a teacher.
         tokens (`int`): tokens in the cache.
         batch (`int`, *optional*, defaults to 1): sequences.
         dtype_bytes (`int`, *optional*, defaults to 2): bytes of a number in the KV cache.
@@ -73,5 +85,9 @@ def cache_bytes(
         private_kv (`bool`, *optional*, defaults to `False`): count one K and V for each kept query head.
         conv (`bool`, *optional*, defaults to `True`): count the convolution windows.
     """
-    per_token = kv_bytes_per_token(config, dtype_bytes, private_kv)
-    return batch * (tokens * per_token + state_bytes(config, dtype_bytes, state_dtype_bytes, conv))
+    slides = set(sliding_layers(config))
+    stored = min(tokens, config.sliding_window - 1) if slides else tokens
+    layers = enumerate(kv_heads_by_layer(config, private_kv))
+    slots = sum(heads * (stored if layer in slides else tokens) for layer, heads in layers)
+    keys_and_values = slots * 2 * _head_dim(config) * dtype_bytes
+    return batch * (keys_and_values + state_bytes(config, dtype_bytes, state_dtype_bytes, conv))
