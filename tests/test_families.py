@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    GPT2Config,
     Gemma2Config,
+    GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
