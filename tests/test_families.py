@@ -46,7 +46,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "initializer_range": 0.3,
+    "initializer_range": 0.2,
     "pad_token_id": 1,
     "bos_token_id": 2,
     "eos_token_id": 3,
@@ -95,6 +95,15 @@ ALL = [[0, 1, 2, 3]] * 4
 MIXED = [[1], [], [0, 1, 2, 3], [0, 2]]
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are only slowed down by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=TEACHERS, ids=str)
 def teacher(request):
     return build(TEACHERS[request.param])
@@ -127,7 +136,7 @@ def test_the_list_of_families_is_tested_whole():
 @torch.no_grad()
 def test_with_all_heads_kept_logits_and_text_are_the_teachers(teacher):
     student, ids = student_of(teacher, ALL), prompt()
-    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, atol=1e-5, rtol=0)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
