@@ -10,14 +10,32 @@ Paper: Retrieval-Aware Distillation for Transformer-SSM Hybrids, https://hugging
 import math
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, __version__
 from transformers.activations import ACT2FN
+from transformers.utils import logging
 
 
 QK_NORMS = (None, "head", "full")
 NORM_POSITIONS = ("pre", "post")
 MIXINGS = ("replace", "parallel")
 SSM_BACKENDS = ("auto", "torch", "compiled", "triton", "mamba_ssm")
+# Oldest and newest transformers that this code was tested with. It travels with the students, so they carry it.
+TRANSFORMERS_TESTED = ("5.17", "5.24")
+
+
+def version_warning(version: str) -> str | None:
+    """Returns a sentence when a version of transformers is outside of what this code was tested with."""
+    oldest, newest = TRANSFORMERS_TESTED
+    if [*map(int, oldest.split("."))] <= [*map(int, version.split(".")[:2])] <= [*map(int, newest.split("."))]:
+        return None
+    return (
+        f"The code of this model was tested with transformers {oldest} to {newest}; this is {version}. Should it fail or "
+        f"answer differently, take a tested one: pip install 'transformers=={newest}.*'"
+    )
+
+
+if outside := version_warning(__version__):
+    logging.get_logger(__name__).warning(outside)
 
 
 @strict

@@ -1,6 +1,7 @@
 """Publishing to a Hub over HTTP with the real client, and what other users then see, in processes of their own."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -22,8 +23,8 @@ from student import make_head_map, make_student, stage_student
 import trainers.publish
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.hub_upload import Upload, naming_hub_errors
-from trainers.publish import changes_table, publish
+from trainers.hub_upload import Upload, changes_table, naming_hub_errors
+from trainers.publish import publish
 from trainers.reload import reload_check
 from trainers.staging import stage
 
@@ -223,6 +224,22 @@ def test_killed_upload_is_taken_up_again(hub, staged_shards, repo_id, requests):
     assert same(weights(repo_id), weights(staged_shards))
 
 
+def test_upload_goes_on_after_the_network_dropped(hub, staged_shards, repo_id, requests, monkeypatch):
+    """Connections break in the middle of a file; the client tries again, gives up, and a second call does the rest."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    hub.fail("PUT", "/lfs/", "drop", times=100, after=2)
+    with pytest.raises(OSError, match="the connection failed .*run the same command again") as caught:
+        publish(staged_shards, repo_id, check=False)
+    assert "\n" not in str(caught.value)
+    assert set(hub.repo(repo_id).branches["main"].files) == {".gitattributes"} and not hub.repo(repo_id).tags
+    hub.faults.clear()
+    arrived, before = set(os.listdir(hub.storage)), len(requests("PUT"))
+    assert publish(staged_shards, repo_id, check=False).tag == "v1"
+    again = {path.removeprefix("/lfs/") for path in requests("PUT")[before:]}
+    assert again and not again & arrived
+    assert same(weights(repo_id), weights(staged_shards))
+
+
 def test_failed_upload_leaves_the_last_one(hub, staged, staged_shards, repo_id, requests):
     publish(staged, repo_id, check=False)
     head = hub.repo(repo_id).branches["main"].sha
@@ -267,12 +284,38 @@ def test_branch(hub, staged, staged_shards, repo_id):
     assert same(weights(repo_id, revision="smaller"), weights(staged_shards))
 
 
-def test_pull_request_of_another_user(hub, staged, staged_shards, repo_id):
+BOB = """
+import json, sys
+from trainers.publish import publish
+job = json.load(sys.stdin)
+try:
+    publish(**job, check=False)
+except OSError as error:
+    print(json.dumps(str(error)))
+print(json.dumps(publish(**job, create_pr=True, check=False).pull_request))
+"""
+
+
+def test_pull_request_of_another_user(hub, staged, staged_shards, repo_id, tmp_path):
+    """Bob, on a machine of his own, may not write to Alice's repository; he offers her his student instead."""
     publish(staged, repo_id, check=False)
     head = hub.repo(repo_id).branches["main"]
-    publication = publish(staged_shards, repo_id, create_pr=True, token=hub.token("bob"), check=False)
-    assert hub.repo(repo_id).branches["main"] is head and publication.tag is None
-    assert publication.pull_request.endswith(f"{repo_id}/discussions/1")
+    process = subprocess.run(
+        [sys.executable, "-c", BOB],
+        input=json.dumps({"folder": str(staged_shards), "repo_id": repo_id}),
+        env={**os.environ, "HF_HOME": str(tmp_path / "bob"), "HF_TOKEN": hub.token("bob")},
+        cwd=Path(trainers.publish.__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    refused, pull_request = map(json.loads, process.stdout.splitlines())
+    assert (
+        refused
+        == f"{repo_id}: this account may not write there. Choose a repository of your own, or open a pull request."
+    )
+    assert hub.repo(repo_id).branches["main"] is head and set(hub.repo(repo_id).tags) == {"v1"}
+    assert pull_request.endswith(f"{repo_id}/discussions/1")
     assert same(weights(repo_id, revision="refs/pr/1"), weights(staged_shards))
     HfApi().merge_pull_request(repo_id, 1)
     assert same(weights(repo_id), weights(staged_shards))
@@ -289,7 +332,7 @@ def test_dry_run_only_looks(hub, staged, staged_shards, repo_id, requests):
     assert kinds["model.safetensors.index.json"] == "added" and kinds["README.md"] == "changed"
     assert kinds["ssd.py"] == "same" and publication.tag == "v2"
     assert len(requests("POST", "PUT", "DELETE")) == count
-    assert changes_table(publication).row_count == len(kinds)
+    assert changes_table(publication.changes, "changes").row_count == len(kinds)
 
 
 def test_tags_are_not_moved(hub, staged, staged_shards, repo_id, requests):

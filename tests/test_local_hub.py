@@ -16,6 +16,7 @@ from trainers.pipeline import Pipeline
 from trainers.recipe import Recipe, shipped_recipe
 
 
+@pytest.mark.timeout(900)  # five processes, each of which imports PyTorch
 def test_a_recipe_ends_with_a_published_student(tmp_path, tiny_llama, tiny_tokenizer, capsys):
     """The way of `make demo` with a tiny teacher: every step, then the server, the real client, the snippet run."""
     teacher = tmp_path / "teacher"

@@ -29,7 +29,7 @@ FLOORS = [
     | {"head_map", "losses", "distill_config", "plots", "documents"},
     {"probe_rows", "ablation", "head_scoring", "selection", "families", "memory", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
-    | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub"},
+    | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},
     {"cli"},
 ]

@@ -5,12 +5,16 @@ A change that fails here would break every student on the Hub. Teach the code to
 `python tests/test_versions.py` writes a further golden file, under the next version, for the new one.
 """
 
+import inspect
 import json
+import logging
+import runpy
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
 from trainers.files import read_json
@@ -66,6 +70,30 @@ def test_old_students_still_load(file):
         found = measure(config)
         assert found["tensors"] == case["tensors"] and found["generated"] == case["generated"]
         torch.testing.assert_close(torch.tensor(found["logits"]), torch.tensor(case["logits"]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("version", "warned"),
+    [("5.16.3", True), ("5.17.0", False), ("5.24.1", False), ("5.25.0.dev0", True), ("6.0", True)],
+)
+def test_a_student_says_which_transformers_it_was_tested_with(version, warned, monkeypatch):
+    """The sentence comes when its code is loaded, before that of the model may fail."""
+    said = []
+    monkeypatch.setattr(transformers, "__version__", version)
+    monkeypatch.setattr(logging.getLogger("transformers"), "handlers", [Handler(said)])
+    runpy.run_path(inspect.getfile(RadHybridConfig), run_name="transformers.published_student")
+    assert [f"5.17 to 5.24; this is {version}." in line for line in said] == [True] * warned
+
+
+class Handler(logging.Handler):
+    """Collects what is logged."""
+
+    def __init__(self, said: list[str]):
+        super().__init__()
+        self.said = said
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
 
 
 def test_there_is_a_golden_student():

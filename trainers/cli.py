@@ -285,6 +285,16 @@ def _add_publish(verbs) -> None:
     parser.add_argument("--prompt", default="My name is", help="what the reloaded student continues")
     parser.add_argument("--dry-run", action="store_true", help="only say what would change")
 
+    parser = _verb(
+        verbs,
+        "verify",
+        "Check a student, somebody else's too, before its code may run: weights, code, head map, card.",
+        "somebody/student --revision v1",
+        "runs/demo/published",
+    )
+    parser.add_argument("student", help="Hub id, or folder that was staged")
+    parser.add_argument("--revision", help="branch, tag or commit of the Hub repo")
+
 
 def _add_walks(verbs) -> None:
     parser = _verb(

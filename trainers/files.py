@@ -65,7 +65,7 @@ def read_json(path: str | os.PathLike, max_bytes: int = 64 * 2**20) -> object:
         raise ValueError(f"{path} has {path.stat().st_size} bytes, more than the {max_bytes} allowed for such a file.")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a JSON file ({error}). Write it anew with the command that made it."
         ) from error

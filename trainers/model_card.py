@@ -16,13 +16,13 @@ import re
 from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_rad_hybrid import RadHybridConfig
+from modeling_rad_hybrid.configuration_rad_hybrid import TRANSFORMERS_TESTED
 from trainers.head_map import HeadMap
 from trainers.memory import cache_bytes
 
 
 PAPER = "2602.11374"
 TAGS = ["rad-hybrid", "hybrid", "mamba2", "ssm", "attention", "distillation", f"arxiv:{PAPER}"]
-TRANSFORMERS_MINIMUM = "5.17"
 MEMORY_TOKENS = (2048, 8192, 32768, 131072)
 # A local folder is no repo yet: its snippet loads it by its name, and publishing puts repo and tag in its place.
 PINNED = re.compile(r'^repo, revision = ".*", (?:".*"|None)$', re.MULTILINE)
@@ -97,7 +97,7 @@ def render_card(
             kept_share=f"{head_map.num_kept / teacher.num_heads:.1%}",
             state_size=config.ssm_state_size,
             snippet=load_snippet(repo, revision),
-            transformers_minimum=TRANSFORMERS_MINIMUM,
+            transformers_tested=TRANSFORMERS_TESTED,
             versions=report.get("versions", {}),
             why=why_these_heads(head_map),
             kept_rows=kept_rows(head_map),

@@ -195,8 +195,22 @@ def publish(args: argparse.Namespace) -> None:
     if publication.reload is not None:
         facts["max_logit_difference"] = publication.reload.max_difference
         facts["generated"] = publication.reload.text
-    if args.format == "human" and not args.quiet:
+    if args.format == "json":
+        facts["snippet"] = publication.snippet
+    elif not args.quiet:
         Console().print(changes_table(publication.changes, args.repo_id or str(folder)))
+    _show(args, {name: value for name, value in facts.items() if value is not None})
+    if args.format == "human" and not args.quiet and not args.dry_run:
+        print(f"\n{publication.snippet}")
+
+
+def verify(args: argparse.Namespace) -> None:
+    """Checks a student as data."""
+    from trainers.inspection import inspect_student
+
+    seen = inspect_student(args.student, args.revision, progress=args.format == "human" and not args.quiet)
+    code = "the same as this hf-rad's" if seen.own_code else "of another version or another author: read it first"
+    facts = {"student": seen.source, "commit": seen.commit, "code": code}
     _show(args, {name: value for name, value in facts.items() if value is not None})
 
 
@@ -343,6 +357,7 @@ VERBS = {
     "distill": distill,
     "eval": evaluate,
     "publish": publish,
+    "verify": verify,
     "run": run,
     "demo": demo,
     "heads show": show_heads,
