@@ -16,11 +16,14 @@ from student import make_head_map, make_report, make_student, stage_student
 
 import trainers.reload
 from modeling_rad_hybrid import AUTO_MAP, RadHybridForCausalLM
+from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap, TeacherShape
+from trainers.model_card import eval_results
 from trainers.publish import publish
 from trainers.reload import reload_check
 from trainers.staging import find_license, stage
+from trainers.tasks import task_from_settings
 from trainers.verify import verify
 
 
@@ -104,6 +107,23 @@ def test_public_benchmarks_become_eval_results(tmp_path, tiny_llama, tiny_tokeni
             notes="accuracy, 200 examples, hf-rad",
         )
     ]
+
+
+def test_a_task_tells_its_benchmark(tmp_path, tiny_llama, tiny_tokenizer):
+    """From a recipe's task to the results that are published."""
+    rows = [{"query": "the sea", "choices": ["wind", "rain"], "gold": 0}] * 2
+    (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    benchmark = {"dataset_id": "allenai/ai2_arc", "task_id": "ARC-Easy"}
+    settings = {"choices": str(tmp_path / "arc.jsonl"), "num_examples": 2, "benchmark": benchmark}
+    task = task_from_settings(settings)
+    assert task.settings()["benchmark"] == benchmark and task_from_settings(task.settings()) == task
+    report = {"student": evaluate(tiny_llama, tiny_tokenizer, [task], progress=False), "date": "2026-01-02"}
+    (entry,) = eval_results(report)
+    assert entry["dataset"] == {"id": "allenai/ai2_arc", "task_id": "ARC-Easy"}
+    assert entry["notes"] == "log-likelihood per character, 2 examples, hf-rad"
+    with pytest.raises(ValueError, match="needs dataset_id and task_id"):
+        task_from_settings({**settings, "benchmark": {"dataset_id": "allenai/ai2_arc"}})
+    assert "benchmark" not in task_from_settings({"reading": "x.jsonl"}).settings()
 
 
 def test_staging_again_replaces_the_folder(staged, tiny_llama, tiny_tokenizer):

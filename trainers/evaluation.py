@@ -68,7 +68,7 @@ def evaluate(
     Returns:
         `dict`: `{"results": {task: {"score", "metric", "examples", "trained_on"}}, "text_loss": float or None,
         "cache_bytes": {"2048": int, "8192": int}}`, the cache in bytes for one sequence in bfloat16. Multiple choice has
-        its `chance` in its result.
+        its `chance` in its result, a task on a public benchmark that one's id.
     """
     names = [task.name for task in suite]
     if len(set(names)) != len(names):
@@ -85,6 +85,8 @@ def evaluate(
         }
         if isinstance(task, ChoiceTask):
             results[task.name]["chance"] = task.chance(seed)
+        if benchmark := task.settings().get("benchmark"):
+            results[task.name]["benchmark"] = benchmark
     loss = None if text is None else text_loss(model, text, progress)
     model.train(was_training)
     return {

@@ -112,6 +112,9 @@ class ReadingTask:
             Rows with longer prompts are passed over; a prompt is never cut.
         max_new_tokens (`int`, *optional*, defaults to `48`):
             Tokens generated for each answer.
+        benchmark (`dict`, *optional*):
+            The public benchmark that the file holds, `{"dataset_id", "task_id"}` and, where known, `revision`: its
+            result is then published as one of that benchmark too (`.eval_results/`).
     """
 
     path: str
@@ -119,10 +122,12 @@ class ReadingTask:
     trained_on: bool = False
     max_prompt_characters: int = 4000
     max_new_tokens: int = 48
+    benchmark: dict | None = None
     metric = "generated, contained"
 
     def __post_init__(self):
         _check_count(self.num_examples)
+        _check_benchmark(self.benchmark)
 
     @property
     def name(self) -> str:
@@ -130,8 +135,7 @@ class ReadingTask:
 
     def settings(self) -> dict:
         """Everything needed to make the task again with [`task_from_settings`]."""
-        values = asdict(self)
-        return {"reading": values.pop("path"), **values}
+        return _file_settings("reading", self)
 
     def examples(self, seed: int) -> list[tuple[str, list[str]]]:
         """Draws `num_examples` (prompt, accepted answers); the same seed gives the same ones."""
@@ -179,15 +183,20 @@ class ChoiceTask:
             Questions asked, drawn by the seed.
         trained_on (`bool`, *optional*, defaults to `False`):
             Whether training data held texts of this format.
+        benchmark (`dict`, *optional*):
+            The public benchmark that the file holds, `{"dataset_id", "task_id"}` and, where known, `revision`: its
+            result is then published as one of that benchmark too (`.eval_results/`).
     """
 
     path: str
     num_examples: int = 100
     trained_on: bool = False
+    benchmark: dict | None = None
     metric = "log-likelihood per character"
 
     def __post_init__(self):
         _check_count(self.num_examples)
+        _check_benchmark(self.benchmark)
 
     @property
     def name(self) -> str:
@@ -195,8 +204,7 @@ class ChoiceTask:
 
     def settings(self) -> dict:
         """Everything needed to make the task again with [`task_from_settings`]."""
-        values = asdict(self)
-        return {"choices": values.pop("path"), **values}
+        return _file_settings("choices", self)
 
     def chance(self, seed: int) -> float:
         """The score that guessing gets on the questions of this seed."""
@@ -437,3 +445,15 @@ def _stem(path: str) -> str:
 def _check_count(num_examples: int) -> None:
     if num_examples < 1:
         raise ValueError(f"num_examples is {num_examples}; a task needs at least 1.")
+
+
+def _check_benchmark(benchmark: dict | None) -> None:
+    known = {"dataset_id", "task_id", "revision"}
+    if benchmark is not None and not {"dataset_id", "task_id"} <= set(benchmark) <= known:
+        raise ValueError(f"benchmark is {benchmark}; it needs dataset_id and task_id, and may have a revision.")
+
+
+def _file_settings(kind: str, task: "ReadingTask | ChoiceTask") -> dict:
+    values = asdict(task)
+    benchmark = values.pop("benchmark")
+    return {kind: values.pop("path"), **values, **({"benchmark": benchmark} if benchmark else {})}
