@@ -43,6 +43,7 @@ def listing(folder: Path) -> set[str]:
 
 def test_staged_folder_is_complete(staged, tiny_llama, tiny_tokenizer):
     code = {"configuration_rad_hybrid.py", "modeling_rad_hybrid.py", "discrete_mamba2.py", "ssd.py"}
+    code |= {"ssd_kernels.py", "ssd_triton.py", "ssd_mamba.py"}
     texts = {"README.md", "LICENSE", "NOTICE", "config.json", "generation_config.json"}
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     rad = {"rad/head_map.json", "rad/scores.json", "rad/heads.png", "rad/eval.json"}
