@@ -1,6 +1,13 @@
 """Scores must be those of ablating one head at a time over whole forward passes, and must name the right heads."""
 
 import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,12 +27,14 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trainers import head_scoring
 from trainers.ablation import HeadAblation, attention_layers, inference
 from trainers.files import sha256
-from trainers.head_scoring import HeadScores, ProbeFailedError, score_heads
+from trainers.head_scores import HeadScores
+from trainers.head_scoring import ProbeFailedError, score_heads
 from trainers.probe_rows import pack
 from trainers.probes import EncodedAnswer, KVRetrieval, generated_accuracy, is_correct
+from trainers.screens import SCREENS, screen_heads
+from trainers.shared_work import SharedWork
 
 
 PROBE = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))
@@ -61,15 +70,15 @@ def random_models(retriever):
     ]
 
 
-def naive(model, tokenizer, example, layer=None, head=None):
-    """Answer and log-probability of one example alone, one head zeroed in a plain pass if named."""
+def naive(model, tokenizer, example, layer=None, head=None, value=0):
+    """Answer and log-probability of one example alone, in a plain pass; a head that is named gives `value`."""
     one = EncodedAnswer.of(tokenizer, example)
     ids = torch.tensor([one.context + one.target])
     size = model.config.head_dim
 
     def zero(module, args):
         changed = args[0].clone()
-        changed[..., head * size : (head + 1) * size] = 0
+        changed[..., head * size : (head + 1) * size] = value
         return (changed,)
 
     hook = None if head is None else attention_layers(model)[layer].self_attn.o_proj.register_forward_pre_hook(zero)
@@ -188,30 +197,184 @@ class _NotLlama:
         norm = torch.nn.Identity()
 
 
-def test_a_killed_run_goes_on(retriever, tmp_path, monkeypatch):
-    model, tokenizer, _ = retriever
-    path = tmp_path / "scores.partial.jsonl"
-    whole = score_heads(model, tokenizer, PROBE, 9, progress=False)
-    calls = []
+CHILD = """
+import sys, time
+from tiny_retriever import KEYS, build_tiny_retriever
+from trainers.head_scoring import score_heads
+from trainers.probes import KVRetrieval
+from trainers.shared_work import SharedWork, is_main_process
+path, out, wait = sys.argv[1:]
+done = SharedWork.done
+SharedWork.done = lambda work, unit: (done(work, unit), time.sleep(float(wait)))
+probe = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))
+scores = score_heads(*build_tiny_retriever(seed=0)[:2], probe, 60, partial_path=path, progress=False)
+if is_main_process():
+    scores.save(out)
+"""
 
-    def ablate_layer(ablation, layer, batch_tokens, original=head_scoring._ablate_layer):
-        calls.append(layer)
+
+def start(path, out, wait, **environment):
+    folder = Path(__file__).parent
+    environment |= {"PYTHONPATH": os.pathsep.join([str(folder), str(folder.parent)]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", CHILD, str(path), str(out), str(wait)]
+    return subprocess.Popen(command, env={**os.environ, **environment})
+
+
+def num_lines(path):
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
+
+
+def test_a_killed_run_goes_on_in_two_processes(retriever, tmp_path):
+    """Killed at a random moment, then shared by two processes: the file is that of an unbroken run in one."""
+    path, out = tmp_path / "scores.partial.jsonl", tmp_path / "scores.json"
+    whole = score_heads(*retriever[:2], PROBE, 60, progress=False)
+    process = start(path, out, 0.05)
+    while num_lines(path) < random.randint(1, 25):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = num_lines(path)
+    assert 1 <= kept < 40 and not out.exists()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    ranks = [start(path, out, 0, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(2)]
+    assert [process.wait(timeout=250) for process in ranks] == [0, 0]
+    assert out.read_text() == whole.text
+    assert [file.name for file in tmp_path.iterdir()] == ["scores.json"]
+
+
+def test_an_interrupted_run_does_nothing_twice(retriever, tmp_path, monkeypatch):
+    model, tokenizer, _ = retriever
+    path, calls = tmp_path / "scores.partial.jsonl", []
+    whole = score_heads(model, tokenizer, PROBE, 9, progress=False)
+    without = HeadAblation.without
+
+    def count(ablation, *args):
+        calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(ablation, layer, batch_tokens)
+        return without(ablation, *args)
 
-    monkeypatch.setattr(head_scoring, "_ablate_layer", ablate_layer)
+    monkeypatch.setattr(HeadAblation, "without", count)
     with pytest.raises(KeyboardInterrupt):
         score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
     # A kill may cut the last line in two, too.
     path.write_text(path.read_text()[:-10])
-    with pytest.raises(ValueError, match="another run.*seed"):
-        score_heads(model, tokenizer, PROBE, 9, seed=1, partial_path=path, progress=False)
-    calls[:] = [None] * 4
     again = score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
     assert len(calls) - 4 == 6 - 2  # 3 dictionaries x 2 layers, of which three were done and one line was cut
     assert again.text == whole.text
     assert not path.exists()
+
+
+def test_partial_files_of_other_runs_are_refused_and_cut_lines_dropped(tmp_path):
+    path = tmp_path / "work.jsonl"
+    work = SharedWork(path, {"seed": 0})
+    work.done({"unit": 1})
+    work.done({"unit": 2})
+    path.write_text(path.read_text()[:-5])
+    again = SharedWork(path, {"seed": 0})
+    assert again.gather() == [{"unit": 1}] and again.date == work.date
+    again.done({"unit": 2})
+    assert SharedWork(path, {"seed": 0}).gather() == [{"unit": 1}, {"unit": 2}]
+    with pytest.raises(ValueError, match="another run.*seed"):
+        SharedWork(path, {"seed": 1})
+    again.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_work_is_shared_by_cost(monkeypatch):
+    parts = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        parts.append(SharedWork(None, {}).mine(list(range(20)), cost=lambda item: item))
+    assert sorted(sum(parts, [])) == list(range(20))
+    assert max(map(sum, parts)) - min(map(sum, parts)) <= 2
+    assert all(part == sorted(part) for part in parts)
+
+
+def test_mean_ablation_equals_a_plain_pass(random_models, retriever):
+    model, tokenizer = random_models[0], retriever[1]
+    probe = KVRetrieval(format="lines", pairs=5, shots=1, queries=4, words=tuple(KEYS))
+    scores = score_heads(model, tokenizer, probe, 8, ablation="mean", rows=2, min_accuracy=0, progress=False)
+    assert scores.ablation == "mean"
+    rows, inputs = pack(tokenizer, probe.examples(8), 1, model.device), {}
+    for layer in range(3):
+        hook = attention_layers(model)[layer].self_attn.o_proj.register_forward_pre_hook(
+            lambda module, args, layer=layer: inputs.setdefault(layer, []).append(args[0][0])
+        )
+        for batch in rows:
+            HeadAblation(model, tokenizer, batch, keep_inputs=False)
+        hook.remove()
+    for layer, head in [(0, 5), (1, 0), (2, 3)]:
+        part = slice(8 * head, 8 * head + 8)
+        mean = torch.cat(inputs[layer])[:, part].mean(0)
+        values = [naive(model, tokenizer, one, layer, head, mean)[1] for one in probe.examples(8)]
+        assert scores.logprob_drop[layer][head] == pytest.approx(scores.base_logprob - sum(values) / 8, abs=1e-4)
+
+
+def test_candidates_are_ranked_by_their_first_token(random_models, retriever):
+    model, tokenizer = random_models[0], retriever[1]
+    probe = KVRetrieval(format="json", pairs=4, shots=0, queries=2, words=tuple(KEYS))
+    scores = score_heads(model, tokenizer, probe, 6, answers="candidates", min_accuracy=0, progress=False)
+    right, total = 0, 0.0
+    for example in probe.examples(6):
+        one = EncodedAnswer.of(tokenizer, example)
+        tokens = tokenizer.convert_tokens_to_ids([candidate.strip() for candidate in example.candidates])
+        with torch.no_grad():
+            logits = model(torch.tensor([one.context]), use_cache=False).logits[0, -1, tokens]
+        index = example.candidates.index(example.answer)
+        right += logits.argmax().item() == index
+        total += logits.log_softmax(-1)[index].item()
+    assert scores.base_accuracy == pytest.approx(right / 6, abs=1e-6)
+    assert scores.base_logprob == pytest.approx(total / 6, abs=1e-5)
+    assert scores.answers == "candidates"
+    same = KVRetrieval(format="lines", pairs=3, shots=0, values=("1 2", "1 3", "4"), words=tuple(KEYS))
+    with pytest.raises(ValueError, match="told apart by their first token"):
+        score_heads(model, tokenizer, same, 6, answers="candidates", min_accuracy=0, progress=False)
+
+
+def test_offloading_changes_nothing(random_models, retriever):
+    options = {"min_accuracy": 0, "progress": False, "rows": 2}
+    plain = score_heads(random_models[2], retriever[1], PROBE, 6, **options)
+    assert score_heads(random_models[2], retriever[1], PROBE, 6, offload=True, **options).text == plain.text
+
+
+@pytest.mark.parametrize("screen", list(SCREENS))
+def test_survivors_of_a_screen_are_ablated_exactly(retriever, tmp_path, screen):
+    model, tokenizer, heads = retriever
+    whole = score_heads(model, tokenizer, PROBE, 12, progress=False)
+    scores = score_heads(model, tokenizer, PROBE, 12, screen=screen, num_survivors=3, progress=False)
+    assert set(heads) <= set(scores.ranking()[:3]) and scores.num_ablated == 3
+    assert len(set(scores.ranking())) == 8
+    for layer, head in scores.ranking()[:3]:
+        assert scores.accuracy_drop[layer][head] == whole.accuracy_drop[layer][head]
+        assert scores.logprob_drop[layer][head] == whole.logprob_drop[layer][head]
+    assert all(scores.accuracy_drop[layer][head] is None for layer, head in scores.ranking()[3:])
+    scores.save(tmp_path / "scores.json")
+    assert HeadScores.load(tmp_path / "scores.json") == scores
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_screen_is_the_gradient_of_the_gates(random_models, retriever):
+    """The first order of a small change: gates of 1 and of 0.99."""
+    model, tokenizer = random_models[0], retriever[1]
+    (batch,) = pack(tokenizer, PROBE.examples(6), 2, model.device)
+    table = screen_heads(model, tokenizer, [batch], "attribution", progress=False)
+
+    def log_prob():
+        with inference(model, None):
+            return HeadAblation(model, tokenizer, batch, keep_inputs=False).base.log_prob.sum().item() / 6
+
+    base = log_prob()
+    for layer, head in [(0, 0), (1, 4), (2, 5)]:
+        weight = attention_layers(model)[layer].self_attn.o_proj.weight.data[:, 8 * head : 8 * head + 8]
+        weight *= 0.99
+        slope = (base - log_prob()) / 0.01
+        weight /= 0.99
+        assert table[layer][head] == pytest.approx(abs(slope), rel=0.1, abs=2e-3)
 
 
 def test_scores_are_saved_as_they_are(retriever, tmp_path):

@@ -26,8 +26,9 @@ MODEL_ORDER += ["modeling_rad_hybrid"]
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "probes"}
-    | {"head_map", "losses", "distill_config", "plots", "documents"},
-    {"probe_rows", "ablation", "head_scoring", "selection", "families", "memory", "teachers", "tasks", "recipe"},
+    | {"head_map", "losses", "distill_config", "plots", "documents", "shared_work", "head_compare"},
+    {"probe_rows", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
+    | {"head_curves", "text_scores", "head_kinds", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
     {"workshop", "actions", "pipeline", "distill", "verbs"},

@@ -21,6 +21,7 @@ ablations at once, S scored positions (those whose logits count).
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
@@ -355,6 +356,30 @@ def head_outlets(model: PreTrainedModel) -> list[list[Outlet]]:
         kept = [] if attention is None else [Outlet(attention.o_proj, attention.num_heads)]
         outlets.append(kept + ([] if ssm is None else [Outlet(ssm.out_proj, ssm.num_heads)]))
     return outlets
+
+
+def head_means(model: PreTrainedModel, batches: list[PackedExamples]) -> list[torch.Tensor]:
+    """For each layer what its heads give on average over all tokens of the batches, [slots, P] in float32."""
+    outlets, sums, tokens = head_outlets(model), [], 0
+    for layer in outlets:
+        sums.append([0.0 for _ in layer])
+    for batch in batches:
+        real = batch.real[..., None]
+
+        def add(layer, index, args, real=real):
+            sums[layer][index] = sums[layer][index] + (args[0].float() * real).sum((0, 1))  # [H P]
+
+        with contextlib.ExitStack() as hooks:
+            for i, layer in enumerate(outlets):
+                for j, outlet in enumerate(layer):
+                    hook = functools.partial(lambda i, j, projection, args: add(i, j, args), i, j)
+                    hooks.callback(outlet.projection.register_forward_pre_hook(hook).remove)
+            Ablator(model, batch, keep_inputs=False)
+        tokens += int(real.sum())
+    return [
+        torch.cat([total.unflatten(-1, (outlet.num_heads, -1)) for total, outlet in zip(*pair, strict=True)]) / tokens
+        for pair in zip(sums, outlets, strict=True)
+    ]
 
 
 @contextlib.contextmanager

@@ -1,44 +1,43 @@
 """
-Head scores: how much a teacher's retrieval loses when one attention head is ablated (paper, section 4.1,
+Head scoring: how much a teacher's retrieval loses when one attention head is ablated (paper, section 4.1,
 https://huggingface.co/papers/2602.11374; the authors publish rankings of three teachers but no code).
 
 A head's score is the drop in accuracy on a probe, and beside it the drop in the log-probability of the answer, when
-the head's slice of the `o_proj` input is zeroed. Every head of every layer is ablated exactly (see `ablation.py` for
-what is shared between the ablations). Accuracy is teacher-forced: an answer counts when each of its tokens is the most
-likely one after the tokens before it, and what follows does not go on with the word or number. That is the exact match
-of greedy generation.
+the head's slice of the `o_proj` input is zeroed (or set to its mean). Every head of every layer is ablated exactly (see
+`ablation.py` for what is shared between the ablations), or, with a screen, those that it does not spare. Accuracy is
+teacher-forced: an answer counts when each of its tokens is the most likely one after the tokens before it, and what
+follows does not go on with the word or number. That is the exact match of greedy generation.
 
     scores = score_heads(model, tokenizer, KVRetrieval(format="json", queries=10), num_examples=100)
     scores.save("scores.json")
     scores.ranking()[:8]
+
+On several GPUs, `torchrun --nproc-per-node 4 -m trainers.cli score ...` shares the heads out.
 """
 
-import datetime
-import hashlib
-import json
 import os
 import platform
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import torch
 import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import HeadAblation, attention_layers, inference
-from trainers.files import atomic_path, json_text, read_json
+from trainers.ablation import HeadAblation, attention_layers, head_means, inference
 from trainers.head_map import TeacherShape
+from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import Probe
+from trainers.screens import SCREENS, screen_heads, survivors
+from trainers.shared_work import SharedWork, agreed, is_main_process
 
 
-SCHEMA_VERSION = 1
-MAX_BYTES = 64 * 2**20
 # The self-check lets log-probabilities differ by this much, in nats: rounding, not another computation.
 TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-2}
 LOW_PRECISION_TOLERANCE = 1.0
+# Fields of the scores that come out of a run; the others say which run it is.
+RESULTS = ("base_accuracy", "accuracy_drop", "logprob_drop", "screened", "text_kl", "date")
 
 
 class ProbeFailedError(ValueError):
@@ -47,91 +46,6 @@ class ProbeFailedError(ValueError):
     def __init__(self, message: str, accuracy: float):
         super().__init__(message)
         self.accuracy = accuracy
-
-
-@dataclass(frozen=True)
-class HeadScores:
-    """
-    Scores of all heads of a teacher.
-
-    Args:
-        teacher ([`TeacherShape`]):
-            Teacher that was scored.
-        probe (`dict`):
-            Settings of the probe.
-        num_examples (`int`), seed (`int`):
-            Questions asked and the seed that drew them.
-        base_accuracy (`float`), base_logprob (`float`):
-            The whole teacher: part of the questions answered, mean log-probability of an answer in nats.
-        accuracy_drop, logprob_drop (`list[list[float]]`):
-            [L][H]: what the teacher loses without the head; above zero where the head helps.
-        dtype (`str`), date (`str`), versions (`dict`):
-            Precision, day and software of the run.
-    """
-
-    teacher: TeacherShape
-    probe: dict
-    num_examples: int
-    seed: int
-    base_accuracy: float
-    base_logprob: float
-    accuracy_drop: list[list[float]]
-    logprob_drop: list[list[float]]
-    dtype: str
-    date: str
-    versions: dict
-
-    def __post_init__(self):
-        layers, heads = self.teacher.num_hidden_layers, self.teacher.num_attention_heads
-        for name, table in (("accuracy_drop", self.accuracy_drop), ("logprob_drop", self.logprob_drop)):
-            if len(table) != layers or any(len(row) != heads for row in table):
-                raise ValueError(
-                    f"{name} must be a table of {layers} layers x {heads} heads, as {self.teacher.id} has."
-                )
-
-    def ranking(self) -> list[tuple[int, int]]:
-        """Returns (layer, head) of every head, most needed first: by drop in accuracy, then in log-probability."""
-        scores = {
-            (layer, head): (self.accuracy_drop[layer][head], self.logprob_drop[layer][head])
-            for layer in range(self.teacher.num_hidden_layers)
-            for head in range(self.teacher.num_attention_heads)
-        }
-        return sorted(scores, key=lambda pair: scores[pair], reverse=True)
-
-    @property
-    def text(self) -> str:
-        """The content of `scores.json`, one line for each layer."""
-        return json_text({"schema_version": SCHEMA_VERSION, **asdict(self)})
-
-    @property
-    def sha256(self) -> str:
-        """Digest of `scores.json`, by which a head map names the scores behind it."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes the scores as JSON, atomically."""
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(self.text.encode())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "HeadScores":
-        """
-        Loads scores.
-
-        Raises:
-            `FileNotFoundError`: when there is no such file.
-            `ValueError`: when it does not hold head scores; the message names the file.
-        """
-        content = read_json(path, max_bytes=MAX_BYTES)
-        known = {item.name for item in fields(cls)}
-        if not isinstance(content, dict) or set(content) != known | {"schema_version"}:
-            raise ValueError(f"{path} does not hold head scores. `hf-rad score` writes them.")
-        if content.pop("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"{path} has another schema version than the {SCHEMA_VERSION} this hf-rad reads.")
-        try:
-            return cls(**{**content, "teacher": TeacherShape(**content["teacher"])})
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} does not hold head scores: {error}") from error
 
 
 def score_heads(
@@ -147,6 +61,11 @@ def score_heads(
     batch_tokens: int = 4096,
     partial_path: str | os.PathLike | None = None,
     progress: bool = True,
+    ablation: str = "zero",
+    answers: str = "generated",
+    screen: str | None = None,
+    num_survivors: int | None = None,
+    offload: bool = False,
 ) -> HeadScores:
     """
     Ablates every head of `model` in turn and measures what the probe loses.
@@ -156,7 +75,7 @@ def score_heads(
             Llama-like teacher with eager or SDPA attention.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
-        probe ([`~trainers.probes.KVRetrieval`] or [`~trainers.probes.PhoneBook`]):
+        probe ([`~trainers.probes.Probe`]):
             What is asked. With `queries` above 1 the examples of one dictionary share its cost.
         num_examples (`int`, *optional*, defaults to `100`):
             Questions.
@@ -177,6 +96,17 @@ def score_heads(
             the scores are complete.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar with the time left.
+        ablation (`str`, *optional*, defaults to `"zero"`):
+            `"zero"`, or `"mean"`: an ablated head gives its mean over all positions of the examples.
+        answers (`str`, *optional*, defaults to `"generated"`):
+            `"generated"`, or `"candidates"`: an answer counts when its first token is the likeliest among those of
+            the candidates, which must differ there.
+        screen (`str`, *optional*):
+            Screen of `screens.py` that chooses the heads to ablate.
+        num_survivors (`int`, *optional*):
+            Heads that pass it; by default a quarter of all.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether what is kept of a batch lies in the memory of the CPU.
 
     Returns:
         [`HeadScores`]
@@ -187,60 +117,95 @@ def score_heads(
     """
     if num_examples < 1:
         raise ValueError(f"Heads cannot be scored on {num_examples} examples; take at least 1.")
-    layers = len(attention_layers(model))
+    if screen is not None and screen not in SCREENS:
+        raise ValueError(f"There is no screen {screen!r}; take one of {', '.join(SCREENS)}.")
+    num_layers, num_heads = len(attention_layers(model)), model.config.num_attention_heads
     teacher = teacher or TeacherShape.from_config(model.config, model.config.name_or_path or type(model).__name__)
     batches = pack(tokenizer, probe.examples(num_examples, seed), rows, model.device)
     with inference(model, dtype):
-        base = _base(model, tokenizer, batches, dtype)
-        accuracy, log_prob = base["correct"] / num_examples, base["log_prob"] / num_examples
-        if accuracy < min_accuracy:
-            raise ProbeFailedError(_failure(teacher.id, probe, accuracy, min_accuracy), accuracy)
-        run = {
-            "teacher": asdict(teacher),
-            "probe": probe.settings(),
-            "num_examples": num_examples,
-            "seed": seed,
-            "dtype": str(dtype or model.dtype).removeprefix("torch."),
-            "versions": _versions(),
-        }
-        partial = _Partial(partial_path, {**run, "rows": rows, "base_log_prob": round(log_prob, 3)})
-        units = {(unit["batch"], unit["layer"]): unit for unit in partial.units}
-        # A unit is one layer of one batch; its cost is the layers that have to run again for each of its heads.
-        cost = len(batches) * layers * (layers + 1) // 2 * teacher.num_attention_heads
-        with tqdm(total=cost, desc="ablating heads", unit="layer", unit_scale=True, disable=not progress) as bar:
-            for number, batch in enumerate(batches):
-                todo = [layer for layer in range(layers) if (number, layer) not in units]
-                bar.update((layers * (layers + 1) // 2 - sum(layers - i for i in todo)) * teacher.num_attention_heads)
-                ablation = HeadAblation(model, tokenizer, batch) if todo else None
-                for layer in todo:
-                    unit = {"batch": number, "layer": layer, **_ablate_layer(ablation, layer, batch_tokens)}
-                    units[number, layer] = unit
-                    partial.append(unit)
-                    bar.update((layers - layer) * teacher.num_attention_heads)
+        base = _base(model, tokenizer, batches, dtype, answers)
+    accuracy, log_prob = base["correct"] / num_examples, base["log_prob"] / num_examples
+    if accuracy < min_accuracy:
+        raise ProbeFailedError(_failure(teacher.id, probe, accuracy, min_accuracy), accuracy)
     scores = HeadScores(
         teacher=teacher,
-        probe=run["probe"],
+        probe=probe.settings(),
         num_examples=num_examples,
         seed=seed,
         base_accuracy=round(accuracy, 6),
         base_logprob=round(log_prob, 6),
-        accuracy_drop=_drops(units, "correct", accuracy, len(batches), layers, num_examples),
-        logprob_drop=_drops(units, "log_prob", log_prob, len(batches), layers, num_examples),
-        dtype=run["dtype"],
-        date=partial.date,
-        versions=run["versions"],
+        accuracy_drop=[[0.0] * num_heads] * num_layers,
+        logprob_drop=[[0.0] * num_heads] * num_layers,
+        dtype=str(dtype or model.dtype).removeprefix("torch."),
+        date="",
+        versions=_versions(),
+        ablation=ablation,
+        answers=answers,
+        screen=screen,
     )
-    partial.remove()
+    wanted = [list(range(num_heads)) for _ in range(num_layers)]
+    if screen is not None:
+        shown = progress and is_main_process()
+        table = screen_heads(model, tokenizer, batches, screen, dtype, batch_tokens, shown)
+        chosen = survivors(table, num_survivors or (teacher.num_heads + 3) // 4)
+        chosen = agreed(chosen)
+        wanted = [[head for head in heads if (i, head) in chosen] for i, heads in enumerate(wanted)]
+        scores = replace(scores, screened=[[round(value, 6) for value in row] for row in table])
+    run = {name: value for name, value in asdict(scores).items() if name not in RESULTS}
+    # Another machine's rounding is no reason to begin anew; another model is.
+    run |= {"rows": rows, "base_logprob": round(log_prob, 3)}
+    work = SharedWork(partial_path, run)
+    with inference(model, dtype):
+        _ablate_all(model, tokenizer, batches, wanted, work, scores, batch_tokens, offload, progress)
+    units = {(unit["batch"], unit["layer"], tuple(unit["heads"])): unit for unit in work.gather()}
+    drops = {
+        name: _drops(units, key, base[key], batches, wanted, num_heads, num_examples)
+        for name, key in (("accuracy_drop", "correct"), ("logprob_drop", "log_prob"))
+    }
+    scores = replace(scores, **drops, date=work.date)
+    work.remove()
     return scores
 
 
-def _base(model, tokenizer, batches: list[PackedExamples], dtype: torch.dtype | None) -> dict:
+def _ablate_all(model, tokenizer, batches, wanted, work: SharedWork, scores, batch_tokens, offload, progress) -> None:
+    """Ablates the wanted heads of each layer on each batch, as far as that is not done and falls to this process."""
+    before = {(unit["batch"], unit["layer"], tuple(unit["heads"])) for unit in work.before}
+    todo = [
+        (number, layer)
+        for number in range(len(batches))
+        for layer, heads in enumerate(wanted)
+        if heads and (number, layer, tuple(heads)) not in before
+    ]
+
+    def cost(unit: tuple[int, int]) -> int:
+        # The layers that have to run again for each of the heads.
+        return (len(wanted) - unit[1]) * len(wanted[unit[1]])
+
+    mine = work.mine(todo, cost)
+    means = head_means(model, batches) if mine and scores.ablation == "mean" else None
+    ablation, current = None, None
+    total = sum(map(cost, mine))
+    hidden = not (progress and is_main_process())
+    with tqdm(total=total, desc="ablating heads", unit="layer", unit_scale=True, disable=hidden) as bar:
+        for number, layer in mine:
+            if current != number:
+                ablation, current = None, number  # frees what was kept of the batch before
+                ranked = scores.answers == "candidates"
+                ablation = HeadAblation(model, tokenizer, batches[number], offload=offload, rank_candidates=ranked)
+            outcome = _ablate_layer(ablation, layer, wanted[layer], batch_tokens, means)
+            work.done({"batch": number, "layer": layer, "heads": wanted[layer], **outcome})
+            bar.update(cost((number, layer)))
+
+
+def _base(model, tokenizer, batches: list[PackedExamples], dtype: torch.dtype | None, answers: str) -> dict:
     """Sums over all examples for the whole teacher, after a check that packing changes nothing."""
     total = {"correct": 0.0, "log_prob": 0.0}
     for number, batch in enumerate(batches):
         ablation = HeadAblation(model, tokenizer, batch, keep_inputs=False)
         if number == 0:
             _check_packing(model, ablation, TOLERANCE.get(dtype or model.dtype, LOW_PRECISION_TOLERANCE))
+        if answers == "candidates":
+            ablation = HeadAblation(model, tokenizer, batch, keep_inputs=False, rank_candidates=True)
         total["correct"] += ablation.base.correct.sum().item()
         total["log_prob"] += ablation.base.log_prob.sum().item()
     return total
@@ -263,20 +228,29 @@ def _check_packing(model: PreTrainedModel, ablation: HeadAblation, tolerance: fl
         )
 
 
-def _ablate_layer(ablation: HeadAblation, layer: int, batch_tokens: int) -> dict:
+def _ablate_layer(ablation: HeadAblation, layer: int, heads: list[int], batch_tokens: int, means) -> dict:
     """Sums over the batch's examples for each head of the layer."""
-    heads = list(range(ablation.num_heads))
     step = max(1, batch_tokens // ablation.packed.input_ids.numel())
-    outcomes = [ablation.ablate(layer, heads[first : first + step]) for first in range(0, len(heads), step)]
+    outcomes = [
+        ablation.without([[(layer, head)] for head in heads[first : first + step]], means)
+        for first in range(0, len(heads), step)
+    ]
     return {
         "correct": torch.cat([one.correct for one in outcomes]).sum(-1).tolist(),
         "log_prob": torch.cat([one.log_prob for one in outcomes]).sum(-1).tolist(),
     }
 
 
-def _drops(units: dict, name: str, base: float, batches: int, layers: int, num_examples: int) -> list[list[float]]:
-    rows = ([units[batch, layer][name] for batch in range(batches)] for layer in range(layers))
-    return [[round(base - sum(head) / num_examples, 6) for head in zip(*row, strict=True)] for row in rows]
+def _drops(units: dict, name: str, base: float, batches, wanted, num_heads: int, num_examples: int) -> list[list]:
+    """[L][H] of what is lost, `None` for a head that was not ablated."""
+    table = []
+    for layer, heads in enumerate(wanted):
+        rows = [units[number, layer, tuple(heads)][name] for number in range(len(batches))] if heads else []
+        sums = dict(zip(heads, map(sum, zip(*rows, strict=True)), strict=True))
+        table.append(
+            [round((base - sums[head]) / num_examples, 6) if head in sums else None for head in range(num_heads)]
+        )
+    return table
 
 
 def _failure(id: str, probe: Probe, accuracy: float, min_accuracy: float) -> str:
@@ -289,49 +263,3 @@ def _failure(id: str, probe: Probe, accuracy: float, min_accuracy: float) -> str
 
 def _versions() -> dict:
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
-
-
-class _Partial:
-    """What is done of a run, one JSON line for each unit below a first line that says which run it is."""
-
-    def __init__(self, path: str | os.PathLike | None, run: dict):
-        self.path = None if path is None else Path(path)
-        self.date = datetime.date.today().isoformat()
-        self.units = []
-        run = json.loads(json.dumps(run))
-        if self.path is None:
-            return
-        lines = list(self._lines())
-        if lines:
-            self.date = lines[0].pop("date")
-            if lines[0] != run:
-                changed = sorted(name for name in run if lines[0].get(name) != run[name])
-                raise ValueError(
-                    f"{self.path} is of another run ({', '.join(changed)} differ). Delete it to begin anew."
-                )
-            self.units = lines[1:]
-        else:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Rewriting what was read drops a last line that the kill cut in two.
-        with atomic_path(self.path) as temporary:
-            temporary.write_text(
-                "".join(json.dumps(line) + "\n" for line in [{**run, "date": self.date}, *self.units])
-            )
-
-    def _lines(self) -> Iterator[dict]:
-        if not self.path.is_file():
-            return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
-
-    def append(self, unit: dict) -> None:
-        if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(unit) + "\n")
-
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -49,6 +49,12 @@ class PackedExamples:
     encoded: list[EncodedAnswer]
     examples: list[Example]
 
+    @property
+    def real(self) -> torch.Tensor:
+        """[B, T]: where a token stands, and not padding."""
+        # Only the first token of a row has position 0; padding has it too.
+        return (self.position_ids > 0) | (torch.arange(self.position_ids.shape[1], device=self.row.device) == 0)
+
 
 def pack(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], rows: int, device: torch.device, share: bool = True

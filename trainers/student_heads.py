@@ -13,15 +13,14 @@ Runs on whatever device the student is on.
 import random
 from dataclasses import asdict, dataclass
 
-import torch
 from rich.table import Table
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
-from trainers.ablation import HeadAblation, Heads, inference
+from trainers.ablation import Heads
+from trainers.head_curves import answers_without
 from trainers.probe_rows import pack
-from trainers.probes import Probe
+from trainers.probes import EncodedAnswer, Probe
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,6 @@ def locate_retrieval(
     num_examples: int = 100,
     seed: int = 0,
     random_heads: int = 20,
-    dtype: torch.dtype | None = None,
     batch_tokens: int = 8192,
     progress: bool = True,
 ) -> StudentRetrieval:
@@ -138,8 +136,6 @@ def locate_retrieval(
             Seed of the questions and of the random heads.
         random_heads (`int`, *optional*, defaults to `20`):
             Recurrent heads to ablate alone, drawn at random; at most all of them.
-        dtype (`torch.dtype`, *optional*):
-            Precision of the matrix products; by default the student's own.
         batch_tokens (`int`, *optional*, defaults to `8192`):
             Tokens of one forward call, copies for several ablations included.
         progress (`bool`, *optional*, defaults to `True`):
@@ -165,7 +161,7 @@ def locate_retrieval(
     singles = {f"kept {layer}.{head}": _slots(kept, [(layer, head)]) for layer, head in kept}
     others = {f"recurrent {layer}.{head}": _slots(recurrent, [(layer, head)]) for layer, head in sorted(alone)}
     ablations = {"nothing": [], **groups, **singles, **others}
-    measured = _measure(student, tokenizer, probe.examples(num_examples, seed), ablations, dtype, batch_tokens, progress)
+    measured = _measure(student, tokenizer, probe.examples(num_examples, seed), ablations, batch_tokens, progress)
     return StudentRetrieval(
         probe.settings(),
         num_examples,
@@ -181,30 +177,14 @@ def _slots(table: dict[tuple[int, int], int], heads) -> Heads:
     return [(layer, table[layer, head]) for layer, head in heads]
 
 
-def _measure(student, tokenizer, examples, ablations: dict[str, Heads], dtype, batch_tokens, progress) -> dict:
+def _measure(student, tokenizer, examples, ablations: dict[str, Heads], batch_tokens, progress) -> dict[str, HeadGroup]:
     """Accuracy and log-probability under each named ablation."""
-    # Ablations that begin in the same layer share a batch, since what comes before it is not computed again.
-    order = sorted(ablations, key=lambda name: min((layer for layer, _ in ablations[name]), default=0))
-    longest = max(len(batch.input_ids[0]) for batch in pack(tokenizer, examples, len(examples), student.device, False))
+    longest = max(len(EncodedAnswer.of(tokenizer, example).context) for example in examples)
     rows = max(1, min(len(examples), batch_tokens // longest))
-    correct, log_prob = dict.fromkeys(ablations, 0.0), dict.fromkeys(ablations, 0.0)
     batches = pack(tokenizer, examples, rows, student.device, share=False)
-    with (
-        inference(student, dtype),
-        tqdm(total=len(batches) * len(order), desc="ablating heads", disable=not progress) as bar,
-    ):
-        for batch in batches:
-            ablation = HeadAblation(student, tokenizer, batch)
-            at_once = max(1, batch_tokens // batch.input_ids.numel())
-            for first in range(0, len(order), at_once):
-                names = order[first : first + at_once]
-                outcome = ablation.without([ablations[name] for name in names])
-                for row, name in enumerate(names):
-                    correct[name] += outcome.correct[row].sum().item()
-                    log_prob[name] += outcome.log_prob[row].sum().item()
-                bar.update(len(names))
-    total = len(examples)
+    heads = list(ablations.values())
+    measured = answers_without(student, tokenizer, batches, heads, "zero", batch_tokens, progress)
     return {
-        name: HeadGroup(name, len(heads), correct[name] / total, log_prob[name] / total)
-        for name, heads in ablations.items()
+        name: HeadGroup(name, len(heads), *values)
+        for (name, heads), values in zip(ablations.items(), measured, strict=True)
     }
