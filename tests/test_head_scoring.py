@@ -361,12 +361,12 @@ def test_survivors_of_a_screen_are_ablated_exactly(retriever, tmp_path, screen):
 def test_a_screen_is_the_gradient_of_the_gates(random_models, retriever):
     """The first order of a small change: gates of 1 and of 0.99."""
     model, tokenizer = random_models[0], retriever[1]
-    (batch,) = pack(tokenizer, PROBE.examples(6), 2, model.device)
+    (batch,) = pack(tokenizer, PROBE.examples(3), 1, model.device)
     table = screen_heads(model, tokenizer, [batch], "attribution", progress=False)
 
     def log_prob():
         with inference(model, None):
-            return HeadAblation(model, tokenizer, batch, keep_inputs=False).base.log_prob.sum().item() / 6
+            return HeadAblation(model, tokenizer, batch, keep_inputs=False).base.log_prob.sum().item() / 3
 
     base = log_prob()
     for layer, head in [(0, 0), (1, 4), (2, 5)]:

@@ -36,6 +36,8 @@ from trainers.probes import EncodedAnswer, is_correct
 
 # Logits held at once, in numbers: 2**26 of them are 256 MB in float32.
 MAX_LOGITS = 2**26
+# Tokens of one forward call, copies for several ablations included, by type of device.
+BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
 # One ablation: every (layer, slot) in it.
 Heads = Collection[tuple[int, int]]
 
@@ -356,6 +358,11 @@ def head_outlets(model: PreTrainedModel) -> list[list[Outlet]]:
         kept = [] if attention is None else [Outlet(attention.o_proj, attention.num_heads)]
         outlets.append(kept + ([] if ssm is None else [Outlet(ssm.out_proj, ssm.num_heads)]))
     return outlets
+
+
+def tokens_at_once(model: PreTrainedModel, given: int | None) -> int:
+    """The number given, or what suits the model's device."""
+    return given or BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cuda"])
 
 
 def head_means(model: PreTrainedModel, batches: list[PackedExamples]) -> list[torch.Tensor]:

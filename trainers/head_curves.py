@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import HeadAblation, Heads, attention_layers, head_means, inference
+from trainers.ablation import HeadAblation, Heads, attention_layers, head_means, inference, tokens_at_once
 from trainers.probe_rows import PackedExamples
 
 
@@ -61,7 +61,7 @@ def answers_without(
     batches: list[PackedExamples],
     ablations: list[Heads],
     ablation: str = "zero",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[tuple[float, float]]:
     """
@@ -78,8 +78,8 @@ def answers_without(
             The heads that each measurement goes without; none at all is the whole model.
         ablation (`str`, *optional*, defaults to `"zero"`):
             `"zero"` or `"mean"`: what an ablated head gives.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens of one forward call, copies for several ablations included.
+        batch_tokens (`int`, *optional*):
+            Tokens of one forward call, copies for several ablations included; by default as many as suit the device.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -97,7 +97,7 @@ def answers_without(
         means = head_means(model, batches) if ablation == "mean" else None
         for batch in batches:
             one = HeadAblation(model, tokenizer, batch)
-            step = max(1, batch_tokens // batch.input_ids.numel())
+            step = max(1, tokens_at_once(model, batch_tokens) // batch.input_ids.numel())
             for first in range(0, len(order), step):
                 chosen = order[first : first + step]
                 outcome = one.without([ablations[i] for i in chosen], means)
@@ -117,7 +117,7 @@ def curve(
     counts: list[int],
     mode: str = "keep",
     ablation: str = "zero",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Curve:
     """
@@ -149,7 +149,7 @@ def greedy(
     steps: int,
     mode: str = "remove",
     ablation: str = "zero",
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> Curve:
     """

@@ -24,12 +24,12 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import HeadAblation, attention_layers, head_means, inference
+from trainers.ablation import HeadAblation, attention_layers, head_means, inference, tokens_at_once
 from trainers.head_map import TeacherShape
 from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import Probe
-from trainers.screens import SCREENS, screen_heads, survivors
+from trainers.screens import SAMPLED, SCREENS, screen_heads, survivors
 from trainers.shared_work import SharedWork, agreed, is_main_process
 
 
@@ -57,8 +57,8 @@ def score_heads(
     teacher: TeacherShape | None = None,
     dtype: torch.dtype | None = None,
     min_accuracy: float = 0.6,
-    rows: int = 1,
-    batch_tokens: int = 4096,
+    rows: int | None = None,
+    batch_tokens: int | None = None,
     partial_path: str | os.PathLike | None = None,
     progress: bool = True,
     ablation: str = "zero",
@@ -87,10 +87,11 @@ def score_heads(
             Precision of the matrix products; by default the model's own.
         min_accuracy (`float`, *optional*, defaults to `0.6`):
             Accuracy the whole teacher must reach.
-        rows (`int`, *optional*, defaults to `1`):
-            Packed rows (dictionaries) of a batch. The inputs of all layers are kept for one batch at a time.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens of one forward call, copies for several heads included.
+        rows (`int`, *optional*):
+            Packed rows (dictionaries) of a batch; by default so many that a forward call holds the ablations of a whole
+            layer. The inputs of all layers are kept for one batch at a time.
+        batch_tokens (`int`, *optional*):
+            Tokens of one forward call, copies for several heads included; by default as many as suit the device.
         partial_path (`str` or `os.PathLike`, *optional*):
             File that collects what is done, line by line. A run that was killed goes on from it; it is deleted when
             the scores are complete.
@@ -121,7 +122,9 @@ def score_heads(
         raise ValueError(f"There is no screen {screen!r}; take one of {', '.join(SCREENS)}.")
     num_layers, num_heads = len(attention_layers(model)), model.config.num_attention_heads
     teacher = teacher or TeacherShape.from_config(model.config, model.config.name_or_path or type(model).__name__)
-    batches = pack(tokenizer, probe.examples(num_examples, seed), rows, model.device)
+    batch_tokens = tokens_at_once(model, batch_tokens)
+    examples = probe.examples(num_examples, seed)
+    batches = pack(tokenizer, examples, rows, model.device, tokens=batch_tokens // num_heads)
     with inference(model, dtype):
         base = _base(model, tokenizer, batches, dtype, answers)
     accuracy, log_prob = base["correct"] / num_examples, base["log_prob"] / num_examples
@@ -146,14 +149,18 @@ def score_heads(
     wanted = [list(range(num_heads)) for _ in range(num_layers)]
     if screen is not None:
         shown = progress and is_main_process()
-        table = screen_heads(model, tokenizer, batches, screen, dtype, batch_tokens, shown)
+        asked = batches
+        if screen == "sample":
+            few = examples[: max(1, num_examples // SAMPLED)]
+            asked = pack(tokenizer, few, None, model.device, tokens=batch_tokens // num_heads)
+        table = screen_heads(model, tokenizer, asked, screen, dtype, batch_tokens, shown)
         chosen = survivors(table, num_survivors or (teacher.num_heads + 3) // 4)
         chosen = agreed(chosen)
         wanted = [[head for head in heads if (i, head) in chosen] for i, heads in enumerate(wanted)]
         scores = replace(scores, screened=[[round(value, 6) for value in row] for row in table])
     run = {name: value for name, value in asdict(scores).items() if name not in RESULTS}
     # Another machine's rounding is no reason to begin anew; another model is.
-    run |= {"rows": rows, "base_logprob": round(log_prob, 3)}
+    run |= {"rows": len(batches[0].input_ids), "base_logprob": round(log_prob, 3)}
     work = SharedWork(partial_path, run)
     with inference(model, dtype):
         _ablate_all(model, tokenizer, batches, wanted, work, scores, batch_tokens, offload, progress)

@@ -57,7 +57,12 @@ class PackedExamples:
 
 
 def pack(
-    tokenizer: PreTrainedTokenizerBase, examples: list[Example], rows: int, device: torch.device, share: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    examples: list[Example],
+    rows: int | None,
+    device: torch.device,
+    share: bool = True,
+    tokens: int = 0,
 ) -> list[PackedExamples]:
     """
     Packs examples into batches of rows; consecutive examples with a common beginning share a row.
@@ -67,12 +72,15 @@ def pack(
             The teacher's tokenizer.
         examples (`list[Example]`):
             Questions.
-        rows (`int`):
-            Rows of a batch (its examples are several times as many when they share beginnings).
+        rows (`int` or `None`):
+            Rows of a batch (its examples are several times as many when they share beginnings); `None` for as many as
+            `tokens` hold.
         device (`torch.device`):
             Where the tensors go.
         share (`bool`, *optional*, defaults to `True`):
             Whether examples may share a row at all.
+        tokens (`int`, *optional*, defaults to `0`):
+            Most tokens of a batch where `rows` is `None`; one row is always taken.
     """
     groups: list[list[tuple[EncodedAnswer, Example]]] = []
     for example in examples:
@@ -82,7 +90,16 @@ def pack(
             groups[-1].append((encoded, example))
         else:
             groups.append([(encoded, example)])
+    if rows is None:
+        rows = max(1, tokens // max(map(_row_length, groups)))
     return [_pack_rows(groups[first : first + rows], device) for first in range(0, len(groups), rows)]
+
+
+def _row_length(group: list[tuple[EncodedAnswer, Example]]) -> int:
+    """Tokens of a row, give or take an answer."""
+    first = group[0][0].context
+    branches = sum(len(one.context) - common_prefix(first, one.context) + len(one.target) for one, _ in group)
+    return len(first) + branches
 
 
 def _pack_rows(groups: list[list[tuple[EncodedAnswer, Example]]], device: torch.device) -> PackedExamples:

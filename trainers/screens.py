@@ -10,9 +10,9 @@ examples.
   on the brink and its heads have gradients; as integrated gradients do along a path.
 - `sample`: every head ablated exactly, but on few examples.
 
-The first two take the magnitude of each batch's gradient before they average, since examples disagree about its sign.
+The first two take the magnitude of each row's gradient before they average, since examples disagree about its sign.
 
-    table = screen_heads(model, tokenizer, batches, "sample")
+    table = screen_heads(model, tokenizer, batches, "damped")
     chosen = survivors(table, 60)
 
 Shapes: L layers, H query heads, P head dim, B packed rows, T their tokens, S scored positions, V vocabulary.
@@ -25,14 +25,14 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import Ablator, HeadAblation, attention_layers, inference
+from trainers.ablation import Ablator, HeadAblation, attention_layers, inference, tokens_at_once
 from trainers.probe_rows import PackedExamples
 
 
 # Gates of the passes of the screens by gradient.
 GATES = {"attribution": (1.0,), "damped": (0.9, 0.8)}
 SCREENS = ("attribution", "damped", "sample")
-# One batch in so many is asked by `sample`, and at least one.
+# One example in so many is enough for `sample`, and at least one.
 SAMPLED = 10
 
 
@@ -40,9 +40,9 @@ def screen_heads(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batches: list[PackedExamples],
-    screen: str = "sample",
+    screen: str = "damped",
     dtype: torch.dtype | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
     """
@@ -55,12 +55,12 @@ def screen_heads(
             Its tokenizer.
         batches (`list[PackedExamples]`):
             Questions.
-        screen (`str`, *optional*, defaults to `"sample"`):
-            One of [`SCREENS`].
+        screen (`str`, *optional*, defaults to `"damped"`):
+            One of [`SCREENS`]. `sample` ablates on all the batches it is given: give it few.
         dtype (`torch.dtype`, *optional*):
             Precision of the matrix products; by default the model's own.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens of one forward call of `sample`, copies for several heads included.
+        batch_tokens (`int`, *optional*):
+            Tokens of one forward call of `sample`, copies for several heads included; by default as many as suit the device.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -68,7 +68,8 @@ def screen_heads(
         `list[list[float]]`: [L][H], in nats an example: a drop for `sample`, a magnitude for the others.
     """
     if screen == "sample":
-        return _sample(model, tokenizer, batches[::SAMPLED], dtype, batch_tokens, progress)
+        tokens = tokens_at_once(model, batch_tokens)
+        return _sample(model, tokenizer, batches, dtype, tokens, progress)
     layers, num_heads = attention_layers(model), model.config.num_attention_heads
     total = torch.zeros(len(layers), num_heads, device=model.device)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -77,9 +78,10 @@ def screen_heads(
         for parameter in learned:
             parameter.requires_grad_(False)
         for batch, gate in tqdm(passes, desc="screening heads", disable=not progress):
-            gates = torch.full((len(layers), num_heads), gate, device=model.device, requires_grad=True)
+            shape = len(layers), len(batch.input_ids), num_heads
+            gates = torch.full(shape, gate, device=model.device, requires_grad=True)
             with inference(model, dtype), torch.enable_grad(), _gated(layers, gates):
-                total += torch.autograd.grad(_log_prob(model, batch), gates)[0].abs()
+                total += torch.autograd.grad(_log_prob(model, batch), gates)[0].abs().sum(1)
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
@@ -113,18 +115,18 @@ def _sample(model, tokenizer, batches, dtype, batch_tokens: int, progress: bool)
 
 @contextlib.contextmanager
 def _gated(layers: torch.nn.ModuleList, gates: torch.Tensor) -> Iterator[None]:
-    """Multiplies what each head gives by its gate, [L, H]."""
+    """Multiplies what each head gives in each row by its gate, [L, B, H]."""
 
-    def gated(row: torch.Tensor):
+    def gated(layer: torch.Tensor):
         def multiply(o_proj, args):
-            mixed = args[0].unflatten(-1, (len(row), -1))  # [B, T, H, P]
-            return ((mixed * row[:, None].to(mixed.dtype)).flatten(-2),)
+            mixed = args[0].unflatten(-1, (layer.shape[-1], -1))  # [B, T, H, P]
+            return ((mixed * layer[:, None, :, None].to(mixed.dtype)).flatten(-2),)
 
         return multiply
 
     with contextlib.ExitStack() as hooks:
-        for layer, row in zip(layers, gates, strict=True):
-            hooks.callback(layer.self_attn.o_proj.register_forward_pre_hook(gated(row)).remove)
+        for layer, gate in zip(layers, gates, strict=True):
+            hooks.callback(layer.self_attn.o_proj.register_forward_pre_hook(gated(gate)).remove)
         yield
 
 

@@ -17,10 +17,10 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
-from trainers.ablation import Heads
+from trainers.ablation import Heads, tokens_at_once
 from trainers.head_curves import answers_without
 from trainers.probe_rows import pack
-from trainers.probes import EncodedAnswer, Probe
+from trainers.probes import Probe
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def locate_retrieval(
     num_examples: int = 100,
     seed: int = 0,
     random_heads: int = 20,
-    batch_tokens: int = 8192,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> StudentRetrieval:
     """
@@ -136,8 +136,8 @@ def locate_retrieval(
             Seed of the questions and of the random heads.
         random_heads (`int`, *optional*, defaults to `20`):
             Recurrent heads to ablate alone, drawn at random; at most all of them.
-        batch_tokens (`int`, *optional*, defaults to `8192`):
-            Tokens of one forward call, copies for several ablations included.
+        batch_tokens (`int`, *optional*):
+            Tokens of one forward call, copies for several ablations included; by default as many as suit the device.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -179,9 +179,8 @@ def _slots(table: dict[tuple[int, int], int], heads) -> Heads:
 
 def _measure(student, tokenizer, examples, ablations: dict[str, Heads], batch_tokens, progress) -> dict[str, HeadGroup]:
     """Accuracy and log-probability under each named ablation."""
-    longest = max(len(EncodedAnswer.of(tokenizer, example).context) for example in examples)
-    rows = max(1, min(len(examples), batch_tokens // longest))
-    batches = pack(tokenizer, examples, rows, student.device, share=False)
+    tokens = tokens_at_once(student, batch_tokens)
+    batches = pack(tokenizer, examples, None, student.device, share=False, tokens=tokens)
     heads = list(ablations.values())
     measured = answers_without(student, tokenizer, batches, heads, "zero", batch_tokens, progress)
     return {

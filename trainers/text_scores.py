@@ -17,7 +17,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import MAX_LOGITS, Ablator, Heads, attention_layers, inference
+from trainers.ablation import MAX_LOGITS, Ablator, Heads, attention_layers, inference, tokens_at_once
 from trainers.head_curves import answers_without
 from trainers.probe_rows import PackedExamples
 
@@ -27,7 +27,7 @@ def text_kl(
     batches: list[torch.Tensor],
     every: int = 4,
     dtype: torch.dtype | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[list[float]]:
     """
@@ -42,8 +42,8 @@ def text_kl(
             One position in so many is measured.
         dtype (`torch.dtype`, *optional*):
             Precision of the matrix products; by default the model's own.
-        batch_tokens (`int`, *optional*, defaults to `4096`):
-            Tokens of one forward call, copies for several heads included.
+        batch_tokens (`int`, *optional*):
+            Tokens of one forward call, copies for several heads included; by default as many as suit the device.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
@@ -61,7 +61,7 @@ def layers_by_text(
     batches: list[torch.Tensor],
     every: int = 4,
     dtype: torch.dtype | None = None,
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[float]:
     """As [`text_kl`], with all heads of a layer ablated together: one number for each layer."""
@@ -72,7 +72,7 @@ def layers_by_probe(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batches: list[PackedExamples],
-    batch_tokens: int = 4096,
+    batch_tokens: int | None = None,
     progress: bool = True,
 ) -> list[float]:
     """
@@ -90,7 +90,7 @@ def _whole_layers(model: PreTrainedModel) -> list[Heads]:
 
 
 @torch.no_grad()
-def _divergences(model, batches, ablations: list[Heads], every: int, dtype, batch_tokens: int, progress) -> list[float]:
+def _divergences(model, batches, ablations: list[Heads], every: int, dtype, batch_tokens, progress) -> list[float]:
     """KL(whole || ablated) in nats a token, for each ablation; they begin in ascending layers."""
     total, tokens = torch.zeros(len(ablations), dtype=torch.float64), 0
     with (
@@ -99,7 +99,7 @@ def _divergences(model, batches, ablations: list[Heads], every: int, dtype, batc
     ):
         for ids in batches:
             ablator = Ablator(model, _text_rows(ids.to(model.device), every))
-            step = max(1, batch_tokens // ids.numel())
+            step = max(1, tokens_at_once(model, batch_tokens) // ids.numel())
             for first in range(0, len(ablations), step):
                 part = ablations[first : first + step]
                 total[first : first + step] += _kl_sums(model, ablator.scored, ablator.run(part)).cpu()
