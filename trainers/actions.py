@@ -9,6 +9,7 @@ all.
 
 import dataclasses
 import math
+import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,14 +25,19 @@ from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
 from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
+from trainers.head_curves import curve
+from trainers.head_kinds import head_kinds, landmarks, patterns
 from trainers.head_map import HeadMap
 from trainers.head_map_repo import find_head_map
-from trainers.head_scoring import HeadScores, score_heads
-from trainers.plots import score_heat_map
+from trainers.head_scores import HeadScores
+from trainers.head_scoring import score_heads
+from trainers.plots import accuracy_curves, attention_pattern, score_heat_map
 from trainers.precision import fast_dtype, resolve_dtype
-from trainers.probes import probe_from_settings
+from trainers.probe_rows import pack
+from trainers.probes import KVRetrieval, probe_from_settings
 from trainers.recipe import StageSettings
 from trainers.selection import no_heads, random_heads, top_k
+from trainers.shared_work import is_main_process
 from trainers.tasks import ProbeTask, Task, task_from_settings
 from trainers.workshop import Workshop, default_device
 
@@ -62,16 +68,97 @@ def score(workshop: Workshop, out: Path) -> HeadScores:
         min_accuracy=settings.min_accuracy,
         partial_path=out / "scores.partial.jsonl",
         progress=workshop.progress,
+        ablation=settings.ablation,
+        answers=settings.answers,
+        screen=settings.screen,
+        num_survivors=settings.survivors,
     )
-    scores.save(out / "scores.json")
-    draw(scores, None, out / "scores.png")
+    if is_main_process():
+        scores.save(out / "scores.json")
+        draw(scores, None, out / "scores.png")
     return scores
+
+
+def draw_curves(workshop: Workshop, scores: HeadScores, counts: list[int], ablation: str, out: Path) -> dict:
+    """
+    Measures the teacher with only the best heads of `scores` kept, and with them removed, beside as many random heads
+    removed; writes `curves.json` and `curves.png` to `out`.
+
+    Args:
+        workshop ([`~trainers.workshop.Workshop`]):
+            Shared resources.
+        scores ([`~trainers.head_scores.HeadScores`]):
+            Scores of the teacher. The same probe is asked, with questions of the recipe's seed.
+        counts (`list[int]`):
+            Numbers of heads.
+        ablation (`str`):
+            `"zero"` or `"mean"`: what an ablated head gives.
+        out (`Path`):
+            Folder to write.
+
+    Returns:
+        `dict`: name of a curve -> its values, as in `curves.json`.
+    """
+    probe, seed = probe_from_settings(scores.probe), workshop.recipe.seed
+    teacher, tokenizer = workshop.teacher, workshop.tokenizer
+    batches = pack(tokenizer, probe.examples(scores.num_examples, seed), 1, teacher.device)
+    order = scores.ranking()
+    shuffled = random.Random(seed).sample(order, len(order))
+    plan = {
+        "best heads kept": (order, "keep"),
+        "best heads removed": (order, "remove"),
+        "random heads removed": (shuffled, "remove"),
+    }
+    curves = {
+        name: curve(teacher, tokenizer, batches, ranking, counts, mode, ablation, progress=workshop.progress)
+        for name, (ranking, mode) in plan.items()
+    }
+    lines = {name: (one.counts, one.accuracy) for name, one in curves.items()}
+    title = f"{scores.teacher.id.split('/')[-1]} without some of its heads"
+    accuracy_curves(lines, out / "curves.png", title, f"heads, of {scores.teacher.num_heads}")
+    content = {name: one.to_dict() for name, one in curves.items()}
+    write_json(out / "curves.json", {"probe": scores.probe, "seed": seed, "curves": content})
+    return content
 
 
 def draw(scores: HeadScores, head_map: HeadMap | None, path: Path) -> None:
     """Draws the heat map of `scores`, the heads of `head_map` outlined."""
     kept = None if head_map is None else head_map.kept_heads
     score_heat_map(scores.accuracy_drop, kept, path, f"Retrieval heads of {scores.teacher.id.split('/')[-1]}")
+
+
+def draw_kinds(workshop: Workshop, head_map: HeadMap, num_examples: int, out: Path) -> list[dict]:
+    """
+    Labels the kept heads of a map and draws what each attends to on one prompt; writes `kinds.json` and one picture a
+    head to `out`.
+
+    Args:
+        workshop ([`~trainers.workshop.Workshop`]):
+            Shared resources.
+        head_map ([`~trainers.head_map.HeadMap`]):
+            Map of the teacher.
+        num_examples (`int`):
+            Questions.
+        out (`Path`):
+            Folder to write.
+
+    Returns:
+        `list[dict]`: one for each head, as in `kinds.json`.
+    """
+    head_map.check_teacher(workshop.teacher.config, workshop.recipe.teacher)
+    teacher, tokenizer, seed = workshop.teacher, workshop.tokenizer, workshop.recipe.seed
+    probe = KVRetrieval(format="json", pairs=20, shots=2)
+    kinds = head_kinds(teacher, tokenizer, head_map.pairs, probe, num_examples, seed, workshop.progress)
+    example = KVRetrieval(format="json", pairs=8, shots=1).examples(1, seed)[0]
+    marks = landmarks(tokenizer, example, KVRetrieval(format="json", pairs=8, shots=1))
+    tokens, weights = patterns(teacher, tokenizer, example, head_map.pairs)
+    for one, pattern in zip(kinds, weights.tolist(), strict=True):
+        title = f"Layer {one.layer}, head {one.head}: {one.kind}"
+        marked = {"asked key": marks.key, "its value": marks.value}
+        attention_pattern(pattern, tokens, out / f"head_{one.layer}_{one.head}.png", title, marked)
+    rows = [dataclasses.asdict(one) for one in kinds]
+    write_json(out / "kinds.json", {"probe": probe.settings(), "num_examples": num_examples, "heads": rows})
+    return rows
 
 
 def select(workshop: Workshop, kind: str, scores: Path | None, head_map: Path) -> HeadMap:

@@ -130,47 +130,104 @@ def _add_teacher(parser: argparse.ArgumentParser, required: bool = True) -> None
     parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
 
 
-def _add_steps(verbs) -> None:
+SCORE_TEXT = """Score every attention head of a teacher: what does retrieval lose without it?
+
+The teacher is asked questions whose answer stands in the prompt (by default the values of a JSON dictionary's keys),
+once as it is and once without each head. A head's score is the drop in the part of the questions answered, and beside
+it the drop in the log-probability of the right answer. scores.json holds both for every head, scores.png shows them.
+
+A teacher that cannot answer the questions gets no scores: try more --shots, another --probe-format, fewer --pairs.
+A run that was killed goes on where it stopped when the same command is given again."""
+
+SELECT_TEXT = """Choose the heads that stay attention and write them as a head map.
+
+The budget is a number of heads, a fraction of all, or bytes of the student's cache. Methods: top-k (the best heads),
+top-groups (the best KV groups, whole: query heads that share a kept KV group cost no cache), and the ones to compare
+with: random, uniform-layers, every-nth-layer (with --n, whole layers)."""
+
+
+def _add_score(verbs) -> None:
     parser = _verb(
         verbs,
         "score",
-        "Score every attention head of a teacher: what does retrieval lose without it?",
+        SCORE_TEXT,
         "smollm2 --out runs/smollm2",
+        "smollm2 --out runs/quick --num-examples 20 --screen damped",
         "meta-llama/Llama-3.2-1B-Instruct --out runs/llama --probe-format paper --pairs 20 --shots 0",
+        "smollm2 --out runs/copy --probe copy --set length=20",
     )
+    parser.epilog += "\nOn several GPUs: torchrun --nproc-per-node 4 -m trainers.cli score TEACHER --out FOLDER"
     _add_teacher(parser)
     parser.add_argument("--out", required=True, help="folder for scores.json and scores.png")
-    parser.add_argument("--probe-format", choices=("json", "paper", "lines"), default="json", help="text of the probe")
-    parser.add_argument("--pairs", type=int, default=20, help="entries of each dictionary (default: 20)")
-    parser.add_argument("--shots", type=int, default=2, help="queries answered in the prompt (default: 2)")
-    parser.add_argument("--values", choices=("numbers", "words"), default="numbers", help="what the keys map to")
-    parser.add_argument("--queries", type=int, default=10, help="questions on one dictionary, which share its cost")
-    parser.add_argument("--num-examples", type=int, default=40, help="questions asked for each head (default: 40)")
-    parser.add_argument("--min-accuracy", type=float, default=0.6, help="what the teacher must reach (default: 0.6)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    asked = parser.add_argument_group("what is asked")
+    asked.add_argument("--probe", default="kv", help="kind of question, see trainers/probes.py (default: kv)")
+    asked.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of another --probe than kv"
+    )
+    asked.add_argument("--probe-format", choices=("json", "paper", "lines"), default="json", help="text of the probe")
+    asked.add_argument("--pairs", type=int, default=20, help="entries of each dictionary (default: 20)")
+    asked.add_argument("--shots", type=int, default=2, help="queries answered in the prompt (default: 2)")
+    asked.add_argument("--values", choices=("numbers", "words"), default="numbers", help="what the keys map to")
+    asked.add_argument("--queries", type=int, default=10, help="questions on one dictionary, which share its cost")
+    asked.add_argument("--num-examples", type=int, default=40, help="questions asked for each head (default: 40)")
+    asked.add_argument("--min-accuracy", type=float, default=0.6, help="what the teacher must reach (default: 0.6)")
+    asked.add_argument("--seed", type=int, default=0)
+    how = parser.add_argument_group("how heads are ablated")
+    how.add_argument(
+        "--screen",
+        choices=("attribution", "damped", "sample"),
+        help="ablate only heads that a cheap estimate does not spare: a gradient (attribution), one of damped models "
+        "(damped), or few examples (sample)",
+    )
+    how.add_argument("--survivors", type=int, help="heads that the screen lets through (default: a quarter)")
+    how.add_argument("--ablation", choices=("zero", "mean"), default="zero", help="what an ablated head gives")
+    how.add_argument(
+        "--answers",
+        choices=("generated", "candidates"),
+        default="generated",
+        help="an answer counts when it would be generated, or when it beats the other candidates of the prompt",
+    )
+    how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
     parser.add_argument("--show", type=int, default=10, help="heads to print (default: 10)")
 
+
+def _add_select(verbs) -> None:
     parser = _verb(
         verbs,
         "select",
-        "Choose the heads that stay attention and write them as a head map.",
+        SELECT_TEXT,
         "runs/smollm2/scores.json --heads 8 --out runs/smollm2/head_map.json",
         "runs/smollm2/scores.json --fraction 0.03 --out head_map.json",
+        "runs/smollm2/scores.json --cache-bytes 20_000_000 --tokens 8192 --method top-groups --out head_map.json",
         "runs/smollm2/scores.json --heads 8 --random --out control.json",
     )
     parser.add_argument("scores", help="scores.json of `hf-rad score`")
     parser.add_argument("--out", required=True, help="head map to write")
-    budget = parser.add_mutually_exclusive_group(required=True)
+    budget = parser.add_mutually_exclusive_group()
     budget.add_argument("--heads", type=int, help="number of kept heads")
     budget.add_argument("--fraction", type=float, help="kept heads as a share of all")
+    budget.add_argument("--cache-bytes", type=int, help="most bytes of the student's cache, in bfloat16")
+    budget.add_argument("--threshold", type=float, help="keep every head that costs at least so much accuracy")
+    budget.add_argument("--n", type=int, help="with --method every-nth-layer: keep one layer in n")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens in the cache of --cache-bytes")
+    parser.add_argument("--state-size", type=int, default=8, help="state size in the cache of --cache-bytes")
+    parser.add_argument(
+        "--method",
+        choices=("top-k", "top-groups", "random", "uniform-layers", "every-nth-layer"),
+        default="top-k",
+        help="default: top-k",
+    )
     others = parser.add_mutually_exclusive_group()
-    others.add_argument("--random", action="store_true", help="draw the heads at random: a control")
+    others.add_argument("--random", action="store_const", const="random", dest="method", help="as --method random")
     others.add_argument(
         "--fill-groups", action="store_true", help="add useful heads of KV groups that are kept anyway"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of --random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random heads")
 
+
+def _add_steps(verbs) -> None:
+    _add_score(verbs)
+    _add_select(verbs)
     parser = _verb(
         verbs,
         "convert",
@@ -330,7 +387,7 @@ def _add_walk_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_heads(verbs) -> None:
     heads = verbs.add_parser(
-        "heads", help="Show, push and pull head maps.", description="Show, push and pull head maps."
+        "heads", help="Show, compare, push and pull head maps.", description="Show, compare, push and pull head maps."
     )
     heads = heads.add_subparsers(title="verbs", metavar="VERB", required=True)
     parser = _verb(
@@ -343,6 +400,55 @@ def _add_heads(verbs) -> None:
     )
     parser.add_argument("head_map", help=HEAD_MAP)
     _add_map_choice(parser)
+
+    parser = _verb(
+        heads,
+        "compare",
+        "Compare two head maps: heads that both keep, overlap of the best, rank correlation.",
+        "runs/a/head_map.json runs/b/head_map.json",
+        "runs/smollm2/head_map.json HuggingFaceTB/SmolLM2-135M-Instruct",
+    )
+    parser.add_argument("first", help=HEAD_MAP)
+    parser.add_argument("second", help=HEAD_MAP)
+
+    parser = _verb(
+        heads,
+        "curves",
+        "Measure a teacher with only its best heads kept, and with them removed; draw both curves.",
+        "runs/smollm2/scores.json --teacher smollm2 --out runs/smollm2",
+    )
+    parser.add_argument("scores", help="scores.json of `hf-rad score`")
+    parser.add_argument("--teacher", required=True, help="Hub id, folder, .gguf file, or `smollm2`")
+    parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
+    parser.add_argument("--out", required=True, help="folder for curves.json and curves.png")
+    parser.add_argument("--counts", type=int, nargs="+", help="numbers of heads (default: 0, 1, 2, 4, ... all)")
+    parser.add_argument("--ablation", choices=("zero", "mean"), default="mean", help="what an ablated head gives")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the random heads")
+
+    parser = _verb(
+        heads,
+        "kinds",
+        "Say what kind of head each kept one is, gather or aggregate, and draw what it attends to.",
+        "runs/smollm2/head_map.json --teacher smollm2 --out runs/smollm2/kinds",
+    )
+    parser.add_argument("head_map", help=HEAD_MAP)
+    parser.add_argument("--teacher", required=True, help="Hub id, folder, .gguf file, or `smollm2`")
+    parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
+    parser.add_argument("--out", required=True, help="folder for kinds.json and one picture a head")
+    parser.add_argument("--num-examples", type=int, default=20, help="questions (default: 20)")
+    parser.add_argument("--seed", type=int, default=0)
+
+    parser = _verb(
+        heads,
+        "locate",
+        "Ablate the attention and the recurrent heads of a student: where does its retrieval sit?",
+        "runs/demo/distillation --out runs/demo/located.json",
+    )
+    parser.add_argument("student", help="folder or Hub id of the student")
+    parser.add_argument("--out", required=True, help="JSON file to write")
+    parser.add_argument("--num-examples", type=int, default=100, help="questions (default: 100)")
+    parser.add_argument("--random-heads", type=int, default=20, help="recurrent heads to ablate alone (default: 20)")
+    parser.add_argument("--seed", type=int, default=0)
 
     parser = _verb(
         heads,

@@ -149,10 +149,7 @@ def score_heads(
     wanted = [list(range(num_heads)) for _ in range(num_layers)]
     if screen is not None:
         shown = progress and is_main_process()
-        asked = batches
-        if screen == "sample":
-            few = examples[: max(1, num_examples // SAMPLED)]
-            asked = pack(tokenizer, few, None, model.device, tokens=batch_tokens // num_heads)
+        asked = pack(tokenizer, examples, 1, model.device)[::SAMPLED] if screen == "sample" else batches
         table = screen_heads(model, tokenizer, asked, screen, dtype, batch_tokens, shown)
         chosen = survivors(table, num_survivors or (teacher.num_heads + 3) // 4)
         chosen = agreed(chosen)
@@ -263,8 +260,7 @@ def _drops(units: dict, name: str, base: float, batches, wanted, num_heads: int,
 def _failure(id: str, probe: Probe, accuracy: float, min_accuracy: float) -> str:
     return (
         f"{id} answers {accuracy:.0%} of {probe.name} and would need {min_accuracy:.0%}: a probe that the whole "
-        "teacher fails cannot rank its heads, the scores would be noise. Try more shots (--shots 2), another format "
-        "(--format json or lines), numbers as values, or fewer pairs."
+        f"teacher fails cannot rank its heads, the scores would be noise. Try {probe.easier}."
     )
 
 

@@ -1,5 +1,6 @@
 """
-Figures, one function each, written as PNG: the heat map of head scores and the bars of an evaluation.
+Figures, one function each, written as PNG: the heat map of head scores, curves over numbers of heads, the pattern of a
+head, and the bars of an evaluation.
 
     score_heat_map(scores.accuracy_drop, head_map.kept_heads, "scores.png", "Retrieval heads of SmolLM2-135M-Instruct")
 """
@@ -34,7 +35,7 @@ def score_heat_map(
 
     Args:
         matrix (`list[list[float]]`):
-            Scores [L][H]. Those below zero get the colour of zero.
+            Scores [L][H]. Those below zero, and `None`, get the colour of zero.
         kept_heads (`list[list[int]]`, *optional*):
             Kept heads of each layer.
         path (`str` or `os.PathLike`):
@@ -47,6 +48,7 @@ def score_heat_map(
     Raises:
         `ValueError`: when the rows differ in length, or the kept heads are not of such a grid.
     """
+    matrix = [[value or 0.0 for value in row] for row in matrix]
     layers, heads = len(matrix), len(matrix[0])
     if any(len(row) != heads for row in matrix):
         raise ValueError("The rows of a score table must all have one score for each head.")
@@ -132,6 +134,104 @@ def accuracy_bars(
         bars = axes.bar(places, values, width * 0.92, label=model, color=colour)
         axes.bar_label(bars, [f"{100 * value:.0f}" for value in values], padding=2, fontsize=8, color=INK)
     axes.set_xticks(range(len(tasks)), [textwrap.fill(task.replace("-", " "), 14) for task in tasks])
+    _accuracy_axis(axes)
+    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _save(figure, path)
+
+
+def accuracy_curves(
+    curves: dict[str, tuple[list[float], list[float]]],
+    path: str | os.PathLike,
+    title: str,
+    label: str,
+    highlight: str = "",
+) -> None:
+    """
+    Draws accuracy against a number of heads (or bytes), one line for each curve.
+
+    Args:
+        curves (`dict[str, tuple[list[float], list[float]]]`):
+            Name -> places on the axis, zero or more, and accuracies from 0 to 1.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        title (`str`), label (`str`):
+            Line above the figure, and what its axis counts.
+        highlight (`str`, *optional*, defaults to `""`):
+            Curve drawn in the accent colour; by default the first.
+
+    Raises:
+        `ValueError`: when there is no curve.
+    """
+    if not curves:
+        raise ValueError("There is nothing to draw: no curve was given.")
+    highlight = highlight or next(iter(curves))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    others = iter([colour for colour in BAR_COLOURS if colour != ACCENT] * len(curves))
+    for name, (places, accuracies) in curves.items():
+        colour = ACCENT if name == highlight else next(others)
+        axes.plot(places, accuracies, marker="o", markersize=4, linewidth=2, color=colour, label=name)
+    # Counts double from one point to the next; zero has a place too.
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    ticks = sorted({place for places, _ in curves.values() for place in places})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(label, color=INK, fontsize=10)
+    _accuracy_axis(axes)
+    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _save(figure, path)
+
+
+def attention_pattern(
+    weights: list[list[float]], tokens: list[str], path: str | os.PathLike, title: str, marked: dict[str, list[int]]
+) -> None:
+    """
+    Draws what one head attends to on one prompt: queries from top to bottom, keys from left to right.
+
+    Args:
+        weights (`list[list[float]]`):
+            [T][T], each row of them a distribution over keys.
+        tokens (`list[str]`):
+            Text of the T tokens.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        title (`str`):
+            Line above the pattern.
+        marked (`dict[str, list[int]]`):
+            Name -> key positions to mark on the axis, such as those of the right value.
+
+    Raises:
+        `ValueError`: when the weights are not those of the tokens.
+    """
+    length = len(tokens)
+    if len(weights) != length or any(len(row) != length for row in weights):
+        raise ValueError(f"The weights are not a square of the {length} tokens.")
+    size = min(12.0, max(4.0, 0.09 * length))
+    figure = Figure(figsize=(size + 1.5, size + 1), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(weights, cmap=SCORE_COLOURS, norm=PowerNorm(0.5, vmin=0, vmax=1), interpolation="nearest")
+    axes.tick_params(length=0, colors=INK, labelsize=5)
+    shown = [token.replace("\n", "\u21b5").strip() or "\u00b7" for token in tokens]
+    axes.set_xticks(range(length), shown, rotation=90)
+    axes.set_yticks(range(length), shown)
+    axes.spines[:].set_visible(False)
+    for (name, positions), colour in zip(marked.items(), (ACCENT, *BAR_COLOURS[2:]), strict=False):
+        for position in positions:
+            axes.axvline(position, color=colour, linewidth=0.6, alpha=0.7)
+        axes.plot([], [], color=colour, label=name)
+    axes.set_xlabel("key", color=INK, fontsize=10)
+    axes.set_ylabel("query", color=INK, fontsize=10)
+    axes.set_title(title, color=INK, fontsize=12, fontweight="bold", loc="left", pad=24)
+    if marked:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _save(figure, path)
+
+
+def _accuracy_axis(axes) -> None:
     axes.set_ylim(0, 1.08)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
@@ -139,9 +239,6 @@ def accuracy_bars(
     axes.set_axisbelow(True)
     axes.tick_params(length=0, colors=INK, labelsize=9)
     axes.spines[:].set_visible(False)
-    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
-    _save(figure, path)
 
 
 def _save(figure: Figure, path: str | os.PathLike) -> None:

@@ -54,6 +54,12 @@ class ScoreSettings:
             Accuracy below which the teacher has failed the probe, so that no scores are written.
         dtype (`str`, *optional*, defaults to `"auto"`):
             Type of the matrix products: `"auto"`, `"float32"`, `"bfloat16"` or `"float16"`.
+        ablation (`str`, *optional*, defaults to `"zero"`):
+            What an ablated head gives: `"zero"` or `"mean"`.
+        answers (`str`, *optional*, defaults to `"generated"`):
+            When an answer counts: `"generated"` or `"candidates"`.
+        screen (`str`, *optional*), survivors (`int`, *optional*):
+            Screen of [`trainers.screens`] that chooses the heads to ablate, and how many it lets through.
     """
 
     probe: dict = field(
@@ -62,6 +68,10 @@ class ScoreSettings:
     num_examples: int = 40
     min_accuracy: float = 0.6
     dtype: str = "auto"
+    ablation: str = "zero"
+    answers: str = "generated"
+    screen: str | None = None
+    survivors: int | None = None
 
 
 @dataclass(frozen=True)

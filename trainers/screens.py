@@ -32,7 +32,7 @@ from trainers.probe_rows import PackedExamples
 # Gates of the passes of the screens by gradient.
 GATES = {"attribution": (1.0,), "damped": (0.9, 0.8)}
 SCREENS = ("attribution", "damped", "sample")
-# One example in so many is enough for `sample`, and at least one.
+# One row of examples in so many is enough for `sample`, and at least one.
 SAMPLED = 10
 
 

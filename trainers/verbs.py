@@ -15,23 +15,21 @@ from rich.table import Table
 def score(args: argparse.Namespace) -> None:
     """Scores a teacher's heads."""
     from trainers import actions
+    from trainers.shared_work import is_main_process
 
-    probe = {
-        "name": "kv",
-        "format": args.probe_format,
-        "pairs": args.pairs,
-        "shots": args.shots,
-        "values": args.values,
-        "queries": args.queries,
-    }
     settings = {
-        "probe": probe,
+        "probe": _probe(args),
         "num_examples": args.num_examples,
         "min_accuracy": args.min_accuracy,
         "dtype": args.dtype,
+        "ablation": args.ablation,
+        "answers": args.answers,
+        "screen": args.screen,
+        "survivors": args.survivors,
     }
     scores = actions.score(_workshop(args, score=settings), Path(args.out))
-    actions.draw(scores, None, Path(args.out) / "scores.png")
+    if not is_main_process():
+        return
     rows = [
         {
             "layer": layer,
@@ -47,15 +45,28 @@ def score(args: argparse.Namespace) -> None:
 
 def select(args: argparse.Namespace) -> None:
     """Chooses the kept heads."""
+    from trainers import selection
     from trainers.actions import draw
-    from trainers.head_scoring import HeadScores
-    from trainers.selection import random_heads, top_k
+    from trainers.head_scores import HeadScores
 
     scores = HeadScores.load(args.scores)
-    if args.random:
-        head_map = random_heads(scores.teacher, args.heads, args.fraction, args.seed)
+    budget = {"heads": args.heads, "fraction": args.fraction}
+    if args.cache_bytes is not None:
+        budget["cache"] = selection.CacheBudget(args.cache_bytes, args.tokens, args.state_size)
+    if args.method == "every-nth-layer":
+        if args.n is None:
+            raise ValueError("--method every-nth-layer keeps one layer in n; give --n.")
+        head_map = selection.every_nth_layer(scores.teacher, args.n)
+    elif args.threshold is not None:
+        head_map = selection.threshold(scores, accuracy_drop=args.threshold)
+    elif args.method == "random":
+        head_map = selection.random_heads(scores.teacher, seed=args.seed, **budget)
+    elif args.method == "uniform-layers":
+        head_map = selection.uniform_layers(scores.teacher, **budget)
+    elif args.method == "top-groups":
+        head_map = selection.top_groups(scores, **budget)
     else:
-        head_map = top_k(scores, heads=args.heads, fraction=args.fraction, fill_groups=args.fill_groups)
+        head_map = selection.top_k(scores, fill_groups=args.fill_groups, **budget)
     head_map.save(args.out)
     picture = Path(args.out).with_suffix(".png")
     draw(scores, head_map, picture)
@@ -245,6 +256,69 @@ def show_heads(args: argparse.Namespace) -> None:
     _show(args, facts, *_kept(head_map))
 
 
+def compare_heads(args: argparse.Namespace) -> None:
+    """Compares two head maps."""
+    from trainers.head_compare import compare
+    from trainers.head_map_repo import find_head_map
+
+    found = compare(find_head_map(args.first), find_head_map(args.second))
+    if args.format == "json":
+        print(json.dumps(found, indent=1))
+        return
+    rows = [{"best heads": int(count), "overlap": value} for count, value in found.pop("overlap").items()]
+    _show(args, found, "Overlap of the rankings", rows)
+
+
+def draw_curves(args: argparse.Namespace) -> None:
+    """Measures a teacher with its best heads kept, and removed."""
+    from trainers import actions
+    from trainers.head_scores import HeadScores
+
+    scores = HeadScores.load(args.scores)
+    every = scores.teacher.num_heads
+    counts = args.counts or [0, *(2**i for i in range(every.bit_length()) if 2**i < every), every]
+    curves = actions.draw_curves(_workshop(args), scores, counts, args.ablation, Path(args.out))
+    rows = [
+        {"heads": count, **{name: one["accuracy"][i] for name, one in curves.items()}}
+        for i, count in enumerate(counts)
+    ]
+    facts = {"curves": f"{args.out}/curves.json", "figure": f"{args.out}/curves.png", "ablation": args.ablation}
+    _show(args, facts, "Accuracy", rows)
+
+
+def show_kinds(args: argparse.Namespace) -> None:
+    """Labels the kept heads of a map."""
+    from trainers import actions
+    from trainers.head_map_repo import find_head_map
+
+    kinds = actions.draw_kinds(_workshop(args), find_head_map(args.head_map), args.num_examples, Path(args.out))
+    _show(args, {"kinds": f"{args.out}/kinds.json"}, "What the kept heads do", kinds)
+
+
+def locate(args: argparse.Namespace) -> None:
+    """Ablates the heads of a student."""
+    from transformers import AutoTokenizer
+
+    from trainers.actions import load_student
+    from trainers.files import write_json
+    from trainers.probes import probe_from_settings
+    from trainers.recipe import ScoreSettings
+    from trainers.student_heads import locate_retrieval
+
+    probe = probe_from_settings(ScoreSettings().probe)
+    student, tokenizer = load_student(args.student), AutoTokenizer.from_pretrained(args.student)
+    shown = not args.quiet and args.format == "human"
+    found = locate_retrieval(
+        student, tokenizer, probe, args.num_examples, args.seed, args.random_heads, progress=shown
+    )
+    write_json(args.out, found.to_dict())
+    if args.format == "json":
+        print(json.dumps(found.to_dict(), indent=1))
+    elif not args.quiet:
+        Console().print(found.table(f"Retrieval of {args.student}, {probe.name}"))
+        _done({"located": args.out})
+
+
 def push_heads(args: argparse.Namespace) -> None:
     """Adds head maps to a repository."""
     from trainers.head_map import shipped_head_maps
@@ -299,6 +373,23 @@ def _workshop(args: argparse.Namespace, **settings):
 
     recipe = {"teacher": args.teacher, "teacher_revision": args.revision, "seed": args.seed, **settings}
     return Workshop(Recipe.from_dict(recipe), progress=not args.quiet and args.format == "human")
+
+
+def _probe(args: argparse.Namespace) -> dict:
+    """Settings of the probe that `hf-rad score` asks."""
+    if args.probe == "kv":
+        names = {"format": args.probe_format, "pairs": args.pairs, "shots": args.shots, "values": args.values}
+        return {"name": "kv", **names, "queries": args.queries}
+    settings = {"name": args.probe}
+    for item in args.set:
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ValueError(f"--set is {item!r}; write NAME=VALUE, such as --set length=20.")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name] = value
+    return settings
 
 
 def _tasks(args: argparse.Namespace) -> list[dict]:
@@ -361,6 +452,10 @@ VERBS = {
     "run": run,
     "demo": demo,
     "heads show": show_heads,
+    "heads compare": compare_heads,
+    "heads curves": draw_curves,
+    "heads kinds": show_kinds,
+    "heads locate": locate,
     "heads push": push_heads,
     "heads pull": pull_heads,
 }

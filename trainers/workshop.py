@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import itertools
 import math
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -274,5 +275,5 @@ class Remembered:
 
 
 def default_device() -> torch.device:
-    """The accelerator of this machine, or its CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator of this machine (with several, and processes for them, this process's own), or its CPU."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,154 @@
+"""
+Selectors at equal cache bytes: each makes a student of the same teacher, with the same fit, the same short alignment and
+the same questions. The budget is what `--layers` whole layers cost; heads are then cheaper or dearer as they share KV.
+
+    python -m benchmarks.selectors --out runs/selectors                                SmolLM2-135M-Instruct
+    python -m benchmarks.selectors --out runs/try --tokens 4096 --num-examples 8       a rehearsal
+
+Everything lies in `--out` as soon as it is made, and is not made again when the command is given anew. It runs on the
+GPU where there is one. Prints one table and writes `selectors.json` and `selectors.png`.
+"""
+
+import argparse
+from pathlib import Path
+
+from trainers import actions
+from trainers.data import token_batches
+from trainers.evaluation import hardware, versions
+from trainers.files import read_json, write_json
+from trainers.head_map import HeadMap
+from trainers.head_scores import HeadScores
+from trainers.plots import accuracy_bars
+from trainers.probe_rows import pack
+from trainers.probes import probe_from_settings
+from trainers.recipe import Recipe, ScoreSettings, StageSettings
+from trainers.selection import (
+    CacheBudget,
+    best_layers,
+    every_nth_layer,
+    no_heads,
+    random_heads,
+    top_groups,
+    top_k,
+    uniform_layers,
+)
+from trainers.text_scores import layers_by_probe, layers_by_text
+from trainers.workshop import Workshop
+
+
+def main() -> None:
+    args = parse()
+    out = Path(args.out)
+    workshop = Workshop(Recipe.from_dict(recipe(args)))
+    scores = scored(workshop, args, out)
+    maps = head_maps(workshop, scores, args, out)
+    suite = actions.suite(workshop.recipe.eval.tasks, workshop.recipe.data.probes)
+    report = {}
+    for name, head_map in maps.items():
+        folder = out / name
+        head_map.save(folder / "head_map.json")
+        if not (folder / "student").is_dir():
+            actions.convert_student(workshop, folder / "head_map.json", folder / "student")
+        if not (folder / "alignment" / "config.json").is_file():
+            settings = StageSettings(args.tokens, args.batch_tokens, {"mixer_learning_rate": 2e-3})
+            actions.train(workshop, folder / "student", folder / "alignment", "alignment", settings)
+        if not (folder / "measured.json").is_file():
+            write_json(folder / "measured.json", actions.measure_student(workshop, folder / "alignment", suite))
+        report[name] = {**read_json(folder / "measured.json"), "summary": head_map.summary}
+    show(report, budget(scores.teacher, args), args, out)
+
+
+def recipe(args) -> dict:
+    """The demo's data; no distillation."""
+    probes = [{"name": "kv", "format": "json", "pairs": pairs} for pairs in (10, 20, 40)]
+    probes += [{"name": "kv", "format": "json", "pairs": 20, "values": "words"}]
+    return {
+        "teacher": args.teacher,
+        "seed": args.seed,
+        "data": {"length": 512, "probes": probes},
+        "calibrate": {"tokens": args.fit_tokens},
+        "eval": {
+            "text_tokens": 8192,
+            "tasks": [
+                {"probe": {"name": "kv", "shots": 2, "queries": 4, **probe}, "num_examples": args.num_examples}
+                for probe in (
+                    {"format": "json", "pairs": 20},
+                    {"format": "json", "pairs": 20, "values": "words"},
+                    {"format": "lines", "pairs": 20},
+                    {"name": "phone_book", "pairs": 10},
+                )
+            ],
+        },
+    }
+
+
+def scored(workshop, args, out: Path) -> HeadScores:
+    """The scores given, or those of the teacher."""
+    path = Path(args.scores) if args.scores else out / "scores.json"
+    return HeadScores.load(path) if path.is_file() else actions.score(workshop, out)
+
+
+def budget(teacher, args) -> CacheBudget:
+    """What whole layers cost."""
+    whole = uniform_layers(teacher, heads=args.layers * teacher.num_attention_heads)
+    return CacheBudget(CacheBudget(0, args.cache_tokens).cost(teacher, whole.pairs), args.cache_tokens)
+
+
+def head_maps(workshop, scores: HeadScores, args, out: Path) -> dict[str, HeadMap]:
+    """One map for each selector."""
+    cache, teacher = budget(scores.teacher, args), scores.teacher
+    if not (out / "layers.json").is_file():
+        model, tokenizer = workshop.teacher, workshop.tokenizer
+        examples = probe_from_settings(ScoreSettings().probe).examples(40, args.seed)
+        batches = pack(tokenizer, examples, 1, model.device)
+        text = token_batches(workshop.held_out_rows(args.text_tokens), 4)
+        measured = {"probe": layers_by_probe(model, tokenizer, batches), "text": layers_by_text(model, text)}
+        write_json(out / "layers.json", measured)
+    layers = read_json(out / "layers.json")
+    return {
+        "top groups": top_groups(scores, cache=cache),
+        "top-k": top_k(scores, cache=cache, fill_groups=True),
+        "leave one layer out": best_layers(teacher, layers["probe"], "leave-one-layer-out", cache=cache),
+        "KL-guided layers": best_layers(teacher, layers["text"], "kl-guided", cache=cache),
+        "uniform layers": uniform_layers(teacher, cache=cache),
+        "every n-th layer": every_nth_layer(teacher, teacher.num_hidden_layers // args.layers),
+        "random heads": random_heads(teacher, cache=cache, seed=args.seed),
+        "no heads": no_heads(teacher),
+    }
+
+
+def show(report: dict, cache: CacheBudget, args, out: Path) -> None:
+    """Prints the table, and draws it."""
+    trained = f"fit on {args.fit_tokens:,} tokens, alignment on {args.tokens:,}, one run, seed {args.seed}"
+    print(f"{args.teacher}: {cache.bytes / 1e6:.2f} MB of cache at {cache.tokens} tokens; {trained}; {hardware()}")
+    tasks = list(next(iter(report.values()))["results"])
+    print(f"{'':22s}", *(f"{task:>24s}" for task in tasks), f"{'loss on text':>14s}  kept")
+    for name, measured in report.items():
+        values = (f"{measured['results'][task]['score']:24.2f}" for task in tasks)
+        print(f"{name:22s}", *values, f"{measured['text_loss']:14.2f}  {measured['summary']}")
+    bars = {name: {task: one["results"][task]["score"] for task in tasks} for name, one in report.items()}
+    accuracy_bars(bars, out / "selectors.png", f"Selectors at {cache.bytes / 1e6:.1f} MB of cache", "top groups")
+    write_json(
+        out / "selectors.json",
+        {"budget": cache.bytes, "tokens": cache.tokens, "trained": trained, "versions": versions(), "students": report},
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder of what is made")
+    parser.add_argument("--teacher", default="smollm2")
+    parser.add_argument("--scores", help="scores.json of the teacher, where it was scored before")
+    parser.add_argument("--layers", type=int, default=2, help="whole layers that set the budget (default: 2)")
+    parser.add_argument("--cache-tokens", type=int, default=8192, help="tokens at which bytes are counted")
+    parser.add_argument("--fit-tokens", type=int, default=24_576, help="tokens of the closed-form fit")
+    parser.add_argument("--tokens", type=int, default=65_536, help="tokens of the alignment (default: 65536)")
+    parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step (default: 2048)")
+    parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of text for the KL-guided layers")
+    parser.add_argument("--num-examples", type=int, default=100, help="questions of each task (default: 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
