@@ -30,8 +30,9 @@ def test_gather_and_aggregate_heads_are_told_apart(retriever):
     model, tokenizer, (gather, aggregate) = retriever
     probe = KVRetrieval(format="json", pairs=6, shots=1, words=tuple(KEYS))
     kinds = head_kinds(model, tokenizer, [gather, aggregate, (1, 0)], probe, 8, progress=False)
-    # The first layer's head also marks the asked key at the question, so it serves both halves.
-    assert [one.kind for one in kinds] == ["both", "aggregate", "neither"]
+    assert [one.kind for one in kinds] == ["gather", "aggregate", "neither"]
+    # The first layer's head also marks the asked key at the question, where it is missed without bringing the value.
+    assert kinds[0].entries_drop > 0.1 and kinds[0].question_drop > 1
     assert kinds[0].gather_attention > 0.9 and kinds[1].aggregate_attention > 0.9
     assert kinds[0].aggregate_attention < 0.2 and kinds[1].gather_attention < 0.2
     assert kinds[1].question_drop > 1 and abs(kinds[1].entries_drop) < 0.1

@@ -207,7 +207,7 @@ path, out, wait = sys.argv[1:]
 done = SharedWork.done
 SharedWork.done = lambda work, unit: (done(work, unit), time.sleep(float(wait)))
 probe = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))
-scores = score_heads(*build_tiny_retriever(seed=0)[:2], probe, 60, partial_path=path, progress=False)
+scores = score_heads(*build_tiny_retriever(seed=0)[:2], probe, 60, rows=1, partial_path=path, progress=False)
 if is_main_process():
     scores.save(out)
 """
@@ -227,7 +227,7 @@ def num_lines(path):
 def test_a_killed_run_goes_on_in_two_processes(retriever, tmp_path):
     """Killed at a random moment, then shared by two processes: the file is that of an unbroken run in one."""
     path, out = tmp_path / "scores.partial.jsonl", tmp_path / "scores.json"
-    whole = score_heads(*retriever[:2], PROBE, 60, progress=False)
+    whole = score_heads(*retriever[:2], PROBE, 60, rows=1, progress=False)
     process = start(path, out, 0.05)
     while num_lines(path) < random.randint(1, 25):
         assert process.poll() is None
@@ -248,7 +248,7 @@ def test_a_killed_run_goes_on_in_two_processes(retriever, tmp_path):
 def test_an_interrupted_run_does_nothing_twice(retriever, tmp_path, monkeypatch):
     model, tokenizer, _ = retriever
     path, calls = tmp_path / "scores.partial.jsonl", []
-    whole = score_heads(model, tokenizer, PROBE, 9, progress=False)
+    whole = score_heads(model, tokenizer, PROBE, 9, rows=1, progress=False)
     without = HeadAblation.without
 
     def count(ablation, *args):
@@ -259,10 +259,10 @@ def test_an_interrupted_run_does_nothing_twice(retriever, tmp_path, monkeypatch)
 
     monkeypatch.setattr(HeadAblation, "without", count)
     with pytest.raises(KeyboardInterrupt):
-        score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
+        score_heads(model, tokenizer, PROBE, 9, rows=1, partial_path=path, progress=False)
     # A kill may cut the last line in two, too.
     path.write_text(path.read_text()[:-10])
-    again = score_heads(model, tokenizer, PROBE, 9, partial_path=path, progress=False)
+    again = score_heads(model, tokenizer, PROBE, 9, rows=1, partial_path=path, progress=False)
     assert len(calls) - 4 == 6 - 2  # 3 dictionaries x 2 layers, of which three were done and one line was cut
     assert again.text == whole.text
     assert not path.exists()

@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from trainers.plots import ACCENT, accuracy_bars, score_heat_map
+from trainers.plots import ACCENT, accuracy_bars, accuracy_curves, attention_pattern, score_heat_map
 
 
 def pixels(path, colour: str) -> np.ndarray:
@@ -61,3 +61,17 @@ def test_bars_are_as_high_as_their_numbers(tmp_path):
         heights.append(rows.max() - rows.min())
     assert heights[1] / heights[0] == pytest.approx(2, rel=0.03)
     assert heights[2] / heights[0] == pytest.approx(4, rel=0.03)
+
+
+def test_curves_and_patterns_are_drawn(tmp_path):
+    path = tmp_path / "curves.png"
+    accuracy_curves({"kept": ([0, 1, 8], [0.0, 0.5, 1.0]), "removed": ([0, 8], [1.0, 0.0])}, path, "t", "heads")
+    rows = pixels(path, ACCENT)
+    assert rows[:, 0].max() - rows[:, 0].min() > 0.5  # the first curve climbs the whole figure
+    with pytest.raises(ValueError, match="no curve"):
+        accuracy_curves({}, path, "t", "heads")
+    path = tmp_path / "pattern.png"
+    attention_pattern([[1.0, 0.0], [0.5, 0.5]], ["a", "\n"], path, "t", {"value": [1]})
+    assert len(pixels(path, ACCENT))
+    with pytest.raises(ValueError, match="square of the 3 tokens"):
+        attention_pattern([[1.0, 0.0], [0.5, 0.5]], ["a", "b", "c"], path, "t", {})

@@ -3,9 +3,9 @@ What kind of head a retrieval head is: gather, aggregate, or neither, by which h
 what it attends to there (Gather-and-Aggregate, https://huggingface.co/papers/2504.18574).
 
 Retrieval is a relay. A **gather** head works at the entries of the prompt: at a value it looks back to the value's key
-and stores which key the value belongs to. An **aggregate** head works at the question: it finds the entry that was
-asked for and brings its value. So a gather head costs as much when it is ablated at the entries alone, an aggregate
-head when it is ablated at the question alone.
+and stores which key the value belongs to; ablated at the entries alone, it is missed. An **aggregate** head works at the
+question: it looks at the value that was asked for and brings it; ablated at the question alone, it is missed. A head
+that is missed in a half where it attends to neither does something else there, such as spelling the question out.
 
     kinds = head_kinds(model, tokenizer, head_map.pairs, KVRetrieval(format="json"), num_examples=20)
 
@@ -25,10 +25,8 @@ from trainers.ablation import attention_layers, inference
 from trainers.probes import EncodedAnswer, Example, KVRetrieval
 
 
-# A head whose ablation costs less log-probability than this, in nats, has no kind.
-LEAST_DROP = 0.02
-# One half of the task must lose so many times what the other loses to name the head.
-DOMINANCE = 2.0
+# What a head must cost in log-probability (nats) in one half of the task, and attend there, to be of its kind.
+LEAST_DROP, LEAST_ATTENTION = 0.02, 0.1
 # An entry of the dictionary: its key and its value.
 ENTRIES = {
     "json": re.compile(r'"([^"]+)": ([^,}]+)'),
@@ -132,7 +130,7 @@ def head_kinds(
             sums[:, 2] += weights[:, marks.value][:, :, marks.key].sum(-1).amax(-1)
             sums[:, 3] += weights[:, asking][:, :, marks.value].sum(-1).amax(-1)
     means = (sums / num_examples).tolist()
-    return [HeadKind(*pair, _kind(*values[:2]), *values) for pair, values in zip(pairs, means, strict=True)]
+    return [HeadKind(*pair, _kind(*values), *values) for pair, values in zip(pairs, means, strict=True)]
 
 
 def patterns(
@@ -145,12 +143,12 @@ def patterns(
         return [tokenizer.decode([token]) for token in ids], _patterns(model, ids, pairs)
 
 
-def _kind(entries_drop: float, question_drop: float) -> str:
-    if max(entries_drop, question_drop) < LEAST_DROP:
-        return "neither"
-    if entries_drop >= DOMINANCE * question_drop:
-        return "gather"
-    return "aggregate" if question_drop >= DOMINANCE * entries_drop else "both"
+def _kind(entries_drop: float, question_drop: float, gather_attention: float, aggregate_attention: float) -> str:
+    gathers = entries_drop >= LEAST_DROP and gather_attention >= LEAST_ATTENTION
+    aggregates = question_drop >= LEAST_DROP and aggregate_attention >= LEAST_ATTENTION
+    if gathers and aggregates:
+        return "both"
+    return "gather" if gathers else "aggregate" if aggregates else "neither"
 
 
 def _drops(model: PreTrainedModel, one: EncodedAnswer, pairs: list[Pair], entries: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -77,7 +78,7 @@ class SharedWork:
             mine += units if file == self._file else []
         if self.processes > 1:
             # Nobody writes before everybody has read.
-            PartialState().wait_for_everyone()
+            _join().wait_for_everyone()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Rewriting what was read drops a last line that the kill cut in two.
         with atomic_path(self._file) as temporary:
@@ -119,8 +120,12 @@ class SharedWork:
 
 
 def _gathered(values: list) -> list:
-    PartialState()  # joins the processes, where nobody has yet
+    _join()
     return gather_object(values)
+
+
+def _join() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _lines(file: Path) -> Iterator[dict]:
