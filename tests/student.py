@@ -7,7 +7,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import HeadScores
 from trainers.staging import stage
 
 

@@ -1,11 +1,14 @@
 """Head maps: what cannot be right is refused with a reason, what is right survives the disk, the shipped ones load."""
 
 import json
+from dataclasses import fields
+from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
 from transformers import LlamaConfig, Qwen2Config
 
+import hub_cards
 from trainers.head_map import HeadMap, TeacherShape, shipped_head_map, shipped_head_maps
 
 
@@ -161,3 +164,23 @@ def test_the_published_qwen_map_fits_qwen():
         hidden_size=1536, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, intermediate_size=8960
     )
     shipped_head_map("Qwen/Qwen2.5-1.5B-Instruct").check_teacher(config)
+
+
+def test_the_schema_says_what_the_validator_checks():
+    folder = Path(hub_cards.__file__).parent
+    schema = json.loads((folder / "head_map.schema.json").read_text())
+    own = {"schema_version", "created_with"}
+    assert set(schema["properties"]) == {item.name for item in fields(HeadMap)} | own
+    teacher = schema["properties"]["teacher"]
+    assert set(teacher["required"]) == set(teacher["properties"]) == {item.name for item in fields(TeacherShape)}
+    content = HeadMap(TeacherShape("org/teacher", None, 2, 4, 2, 8), [[1], []], source="Made up.").to_dict()
+    assert set(content) == set(schema["properties"])
+    for name in content:
+        without = {key: value for key, value in content.items() if key != name}
+        if name in schema["required"]:
+            with pytest.raises(ValueError):
+                HeadMap.from_dict(without)
+        else:
+            HeadMap.from_dict(without)
+    with pytest.raises(ValueError, match="unknown fields"):
+        HeadMap.from_dict({**content, "more": 1})

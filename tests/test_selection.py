@@ -3,7 +3,7 @@
 import pytest
 
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import HeadScores
 from trainers.selection import (
     CacheBudget,
     best_layers,

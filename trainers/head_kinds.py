@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import attention_layers, inference
+from trainers.families import logits_scale
 from trainers.probes import EncodedAnswer, Example, KVRetrieval
 
 
@@ -170,7 +171,7 @@ def _drops(model: PreTrainedModel, one: EncodedAnswer, pairs: list[Pair], entrie
             o_proj = attention_layers(model)[layer].self_attn.o_proj
             hooks.callback(o_proj.register_forward_pre_hook(change).remove)
         states = model.base_model(input_ids=ids.expand(len(kept), -1), use_cache=False).last_hidden_state
-    logits = model.get_output_embeddings()(states[:, len(one.context) - 1 : -1]).float()
+    logits = model.get_output_embeddings()(states[:, len(one.context) - 1 : -1]).float() * logits_scale(model.config)
     target = torch.tensor(one.target, device=model.device).expand(len(kept), -1)
     log_prob = logits.log_softmax(-1).gather(-1, target[..., None]).sum((1, 2)).double().cpu()  # [n]
     return (log_prob[0] - log_prob[1:]).unflatten(0, (len(pairs), 2))

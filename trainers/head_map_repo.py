@@ -21,8 +21,8 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from trainers.files import read_json
 from trainers.head_map import MAX_BYTES, REPO_ID, STUDENT_MAP, HeadMap, download_small, shipped_head_maps
-from trainers.head_scoring import MAX_BYTES as SCORES_BYTES
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import MAX_BYTES as SCORES_BYTES
+from trainers.head_scores import HeadScores
 from trainers.hub_upload import Upload, naming_hub_errors
 
 

@@ -26,7 +26,7 @@ from trainers import actions
 from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import HeadScores
 from trainers.local_hub import publish_to_local_hub
 from trainers.packing import Manifest
 from trainers.plots import accuracy_bars

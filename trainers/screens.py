@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import Ablator, HeadAblation, attention_layers, inference, tokens_at_once
+from trainers.families import logits_scale
 from trainers.probe_rows import PackedExamples
 
 
@@ -134,5 +135,5 @@ def _log_prob(model: PreTrainedModel, batch: PackedExamples) -> torch.Tensor:
     """Summed log-probability of the answers' tokens."""
     wanted = batch.target >= 0
     scored = Ablator(model, batch, keep_inputs=False).scored[0, wanted]
-    logits = model.get_output_embeddings()(scored).float()  # [S, V]
+    logits = model.get_output_embeddings()(scored).float() * logits_scale(model.config)  # [S, V]
     return (logits.gather(-1, batch.target[wanted][:, None])[:, 0] - logits.logsumexp(-1)).sum()

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 
 from modeling_rad_hybrid import RadHybridConfig
 from trainers.head_map import HeadMap, TeacherShape
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import HeadScores
 from trainers.memory import cache_bytes
 from trainers.probes import probe_from_settings
 

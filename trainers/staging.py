@@ -34,7 +34,7 @@ import modeling_rad_hybrid
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
-from trainers.head_scoring import HeadScores
+from trainers.head_scores import HeadScores
 from trainers.model_card import eval_results, render_card, without_paths
 from trainers.plots import score_heat_map
 from trainers.teachers import read_provenance

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import MAX_LOGITS, Ablator, Heads, attention_layers, inference, tokens_at_once
+from trainers.families import logits_scale
 from trainers.head_curves import answers_without
 from trainers.probe_rows import PackedExamples
 
@@ -110,11 +111,11 @@ def _divergences(model, batches, ablations: list[Heads], every: int, dtype, batc
 
 def _kl_sums(model: PreTrainedModel, whole: torch.Tensor, ablated: torch.Tensor) -> torch.Tensor:
     """Sums over S of KL(whole [1, S, D] || ablated [n, S, D]): [n] in float64."""
-    head, sums = model.get_output_embeddings(), 0.0
+    head, scale, sums = model.get_output_embeddings(), logits_scale(model.config), 0.0
     step = max(1, MAX_LOGITS // (len(ablated) * head.weight.shape[0]))
     for first in range(0, whole.shape[1], step):
-        right = head(whole[:, first : first + step]).float().log_softmax(-1)  # [1, step, V]
-        wrong = head(ablated[:, first : first + step]).float().log_softmax(-1)  # [n, step, V]
+        right = (head(whole[:, first : first + step]).float() * scale).log_softmax(-1)  # [1, step, V]
+        wrong = (head(ablated[:, first : first + step]).float() * scale).log_softmax(-1)  # [n, step, V]
         sums = sums + (right.exp() * (right - wrong)).sum((1, 2), dtype=torch.float64)
     return sums
 
