@@ -403,6 +403,7 @@ class RadHybridModel(RadHybridPreTrainedModel):
 class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: RadHybridConfig):
         super().__init__(config)
