@@ -18,6 +18,37 @@ from .ssd import ssd, ssd_step
 from .ssd_triton import decode_step, kernels_fit
 
 
+class CausalConv1d(nn.Conv1d):
+    """
+    Causal depthwise convolution, without bias.
+
+    A sum of K shifted products: on short kernels it is as quick as a convolution call, keeps the layout and lets a
+    document's start mask single taps. A module of its own, because weights may be elsewhere until they are called for.
+    """
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, channels, width, groups=channels, bias=False)
+
+    def forward(self, xBC, window=None, seq_idx=None) -> torch.Tensor:
+        """Of `[B, T, channels]`, with the window `[B, channels, K]` of earlier tokens before it."""
+        kernel = self.weight[:, 0].to(xBC.dtype)  # [channels, K]
+        width, tokens = kernel.shape[1], xBC.shape[1]
+        past = width - 1
+        if window is None:
+            padded = nn.functional.pad(xBC, (0, 0, past, 0))
+        else:
+            padded = torch.cat([window.transpose(1, 2)[:, width - past :].to(xBC.dtype), xBC], dim=1)
+        if seq_idx is not None:
+            seq_idx = nn.functional.pad(seq_idx, (past, 0), value=-1)
+        out = xBC * kernel[:, past]
+        for back in range(1, width):
+            tap = padded[:, past - back : past - back + tokens] * kernel[:, past - back]
+            if seq_idx is not None:
+                tap = tap * (seq_idx[:, past - back : past - back + tokens] == seq_idx[:, past:])[..., None]
+            out = out + tap
+        return out
+
+
 class DiscreteMamba2(nn.Module):
     """
     The recurrent heads of one layer.
@@ -40,9 +71,7 @@ class DiscreteMamba2(nn.Module):
         inner, state = num_heads * self.head_dim, num_heads * self.state_size
         self.sections = [inner, inner + 2 * state, num_heads]  # z; x, B, C; A_log
         self.in_proj = nn.Linear(config.hidden_size, sum(self.sections), bias=True)
-        self.conv1d = nn.Conv1d(
-            self.sections[1], self.sections[1], self.conv_kernel, groups=self.sections[1], bias=False
-        )
+        self.conv1d = CausalConv1d(self.sections[1], self.conv_kernel)
         self.D = nn.Parameter(torch.zeros(num_heads))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=True)
 
@@ -80,7 +109,7 @@ class DiscreteMamba2(nn.Module):
             # Padding neither enters nor decays the state, on whichever side it stands.
             xBC, log_a = xBC * real, log_a * real
         window, state = self.read_states(cache)
-        convolved = self.convolve(xBC, window, seq_idx)
+        convolved = self.conv1d(xBC, window, seq_idx)
         if recurrent_mask is not None:
             convolved = convolved * real
         x, B, C = (
@@ -103,32 +132,10 @@ class DiscreteMamba2(nn.Module):
             return False
         # A cache that must be able to take tokens back keeps more than a window.
         wanted = self.backend in ("auto", "triton") and not cache.layers[self.layer_idx].record_past
+        # Weights that are offloaded are fetched for the module's own call only.
+        wanted = wanted and self.conv1d.weight.device == projected.device
         frozen = not (torch.is_grad_enabled() and projected.requires_grad)
         return wanted and frozen and kernels_fit(projected, self.head_dim, self.state_size)
-
-    def convolve(self, xBC, window=None, seq_idx=None) -> torch.Tensor:
-        """
-        Causal depthwise convolution of `[B, T, channels]`, the window `[B, channels, K]` of earlier tokens before it.
-
-        A sum of K shifted products: on short kernels it is as quick as a convolution call, keeps the layout and lets a
-        document's start mask single taps.
-        """
-        kernel = self.conv1d.weight[:, 0].to(xBC.dtype)  # [channels, K]
-        past = self.conv_kernel - 1
-        tokens = xBC.shape[1]
-        if window is None:
-            padded = nn.functional.pad(xBC, (0, 0, past, 0))
-        else:
-            padded = torch.cat([window.transpose(1, 2)[:, self.conv_kernel - past :].to(xBC.dtype), xBC], dim=1)
-        if seq_idx is not None:
-            seq_idx = nn.functional.pad(seq_idx, (past, 0), value=-1)
-        out = xBC * kernel[:, past]
-        for back in range(1, self.conv_kernel):
-            tap = padded[:, past - back : past - back + tokens] * kernel[:, past - back]
-            if seq_idx is not None:
-                tap = tap * (seq_idx[:, past - back : past - back + tokens] == seq_idx[:, past:])[..., None]
-            out = out + tap
-        return out
 
     def read_states(self, cache) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The cached window `[B, channels, K]` and state `[B, H, P, N]`, or `None`s before the first token."""

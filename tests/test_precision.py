@@ -14,6 +14,7 @@ import torch
 import two_processes
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from modeling_rad_hybrid import AUTO_MAP, CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
@@ -184,17 +185,19 @@ def test_a_student_loaded_by_its_own_code_ships_that_code_again(tmp_path):
     student, names = make_student(), sorted(file.name for file in code_files())
     student.save_pretrained(tmp_path / "first")
     assert sorted(file.name for file in (tmp_path / "first").glob("*.py")) == names
-    shipped = get_class_from_dynamic_module(AUTO_MAP["AutoModelForCausalLM"], tmp_path / "first")
-    assert shipped.__module__.startswith("transformers_modules.")
-    shipped.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    # As where our package is not installed: here the Auto classes would take the installed one.
+    shipped_config = get_class_from_dynamic_module(AUTO_MAP["AutoConfig"], tmp_path / "first")
+    config = shipped_config.from_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first", config=config, trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules.")
+    loaded.save_pretrained(tmp_path / "second")
     for name in names:
         assert (tmp_path / "second" / name).read_text() == (tmp_path / "first" / name).read_text()
     config = json.loads((tmp_path / "second" / "config.json").read_text())
     assert config["auto_map"] == AUTO_MAP
 
 
-@pytest.mark.parametrize("kind", ["tp_size", "fsdp_size"])
-@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+@pytest.mark.parametrize(("kind", "tied"), [("tp_size", False), ("fsdp_size", True)])
 def test_two_processes_share_a_student(kind, tied, tmp_path):
     """By transformers' own plans. Tensor parallel: MLP, head and embeddings are split, mixers are whole on each."""
     student = make_student(tie_word_embeddings=tied)
@@ -207,7 +210,7 @@ def test_two_processes_share_a_student(kind, tied, tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr[-3000:]
-    seen = [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+    seen = [json.loads(file.read_text()) for file in tmp_path.glob("seen_by_*.json")]
     ids = torch.tensor(two_processes.INPUT_IDS)
     outputs = student(ids, labels=ids)
     outputs.loss.backward()

@@ -1,12 +1,13 @@
 """
-Two processes on this machine load one student together, as `torchrun` would have them do, and print as JSON what each
-sees: `python two_processes.py FOLDER tp_size | fsdp_size`. Run by `test_precision.py`.
+Two processes on this machine load one student together, as `torchrun` would have them do, and write as JSON into its
+folder what each sees: `python two_processes.py FOLDER tp_size | fsdp_size`. Run by `test_precision.py`.
 """
 
 import json
 import os
 import socket
 import sys
+from pathlib import Path
 
 import torch
 from torch import multiprocessing
@@ -41,7 +42,7 @@ def work(rank: int, port: int, folder: str, kind: str) -> None:
         "gradients": {name: whole(model.get_parameter(name).grad).norm().item() for name in GRADIENTS},
         "local": {name: list(local(parameter).shape) for name, parameter in model.named_parameters()},
     }
-    print(json.dumps(seen), flush=True)
+    Path(folder, f"seen_by_{rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
