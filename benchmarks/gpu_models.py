@@ -13,7 +13,7 @@ from torch.nn.functional import kl_div
 from benchmarks.gpu_decode import make_model
 from benchmarks.gpu_tools import CUDA, DEVICE, milliseconds, peak_bytes
 from modeling_rad_hybrid import CACHE_NAME
-from modeling_rad_hybrid.modeling_rad_hybrid import new_cache
+from modeling_rad_hybrid.rollback_cache import RadHybridCache
 from trainers.memory import cache_bytes
 
 
@@ -29,7 +29,7 @@ def prefill(report, options) -> None:
         for name, model in models.items():
 
             def first_token(model=model, ids=ids):
-                cache = new_cache(model.config)
+                cache = RadHybridCache(model.config)
                 output = model(ids, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
                 return output.logits.argmax(-1)
 

@@ -5,7 +5,7 @@ The recurrent heads: discrete Mamba-2 with a causal convolution and a gate.
     h_t = a_t h_{t-1} + x_t B_t^T;   y_t = h_t C_t + D x_t;    out = out_proj(y * silu(z))
 
 Paper: https://huggingface.co/papers/2602.11374, section 3.3. The convolution starts as the identity, D as zero.
-The cache layer is transformers' own; `read_states` and `write_states` are the only places that touch it.
+`read_states` and `write_states` are the only places that touch the cache, which may be transformers' own or ours.
 
 Shape letters: B batch, T tokens, D model width, H recurrent heads, P head dim, N state, K convolution width.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .rollback_cache import Fed, RollbackLayer
 from .ssd import ssd, ssd_step
 from .ssd_triton import decode_step, kernels_fit
 
@@ -100,6 +101,8 @@ class DiscreteMamba2(nn.Module):
         projected = self.in_proj(hidden_states)
         if recurrent_mask is None and self.steps_in_place(projected, cache):
             layer = cache.layers[self.layer_idx]
+            if isinstance(layer, RollbackLayer):
+                layer.seen_tokens += 1
             states = layer.conv_states[0], self.conv1d.weight, layer.recurrent_states[0]
             return decode_step(projected[:, 0], *states, self.D)[:, None]  # [B, 1, H P]
         z, xBC, A_log = projected.split(self.sections, dim=-1)
@@ -122,7 +125,8 @@ class DiscreteMamba2(nn.Module):
         else:
             y, state = ssd(x, log_a, B, C, state, seq_idx, self.chunk_size, self.backend)
         if cache is not None:
-            self.write_states(cache, xBC, state, recurrent_mask)
+            fed = Fed(xBC, recurrent_mask, x, log_a, B, self.conv_kernel, self.chunk_size, self.backend)
+            self.write_states(cache, fed, window, state)
         y = y + self.D[:, None].to(y.dtype) * x
         return y.flatten(2) * nn.functional.silu(z)  # [B, T, H P]
 
@@ -144,16 +148,8 @@ class DiscreteMamba2(nn.Module):
         layer = cache.layers[self.layer_idx]
         return layer.conv_states[0], layer.recurrent_states[0]
 
-    def write_states(self, cache, xBC, state, recurrent_mask) -> None:
-        """Hands the new window and state to the cache layer; right padding is left out of the window."""
-        columns = xBC.transpose(1, 2)  # [B, channels, T]
-        full = cache.update_conv_state(columns, self.layer_idx, conv_kernel_size=self.conv_kernel)
+    def write_states(self, cache, fed, window, state) -> None:
+        """Hands the new window and state to the cache layer, and what was fed, for a layer that can take it back."""
+        window = fed.window_after(window, fed.x.shape[1])
+        cache.update_conv_state(window, self.layer_idx, conv_kernel_size=self.conv_kernel, fed=fed)
         cache.update_recurrent_state(state, self.layer_idx)
-        if recurrent_mask is not None:
-            # The stock cache keeps the last K columns; with right padding those are not the last K tokens of a row.
-            full = nn.functional.pad(full, (self.conv_kernel, 0))
-            trailing = recurrent_mask.flip(1).bool().int().argmax(1)  # [B] padding after the last token
-            trailing = torch.where(recurrent_mask.any(1), trailing, recurrent_mask.shape[1])
-            last = torch.arange(full.shape[2] - self.conv_kernel, full.shape[2], device=full.device)
-            index = (last[None] - trailing[:, None])[:, None].expand(-1, full.shape[1], -1)
-            cache.layers[self.layer_idx].conv_states[0].copy_(full.gather(2, index))

@@ -6,43 +6,33 @@ Paper: Retrieval-Aware Distillation for Transformer-SSM Hybrids, https://hugging
     model = AutoModelForCausalLM.from_pretrained("org/student", trust_remote_code=True)
 
 With every head kept the student is its teacher: bit for bit for a Llama, and a Mistral, Qwen, SmolLM3, Phi, Granite or
-OLMo-2 by the configuration's further fields. Caches are transformers' own, chosen by
-`config.layer_types`. Shape letters: B batch, T tokens, D model width, H query heads, K KV heads, P head dim.
+OLMo-2 by the configuration's further fields. Caches are transformers' own, by `config.layer_types`, or
+[`RadHybridCache`], which `generate` and `forward` make, and which can take tokens back.
+
+Shape letters: B batch, T tokens, D model width, H query heads, K KV heads, P head dim.
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    create_sliding_window_causal_mask,
-)
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_recurrent_attention_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone import RadHybridMLP, RadHybridRMSNorm, RadHybridRotaryEmbedding, rotate
 from .configuration_rad_hybrid import RadHybridConfig
 from .discrete_mamba2 import DiscreteMamba2
-
-
-# The argument and output that transformers keeps the cache under: `cache` from 5.24 on, `past_key_values` before.
-CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-# Which mask the kept heads of a layer want, by the layer's type.
-MASK_KINDS = {
-    "linear_attention": None,
-    "full_attention": "full_attention",
-    "hybrid": "full_attention",
-    "sliding_attention": "sliding_attention",
-    "hybrid_sliding": "sliding_attention",
-}
+from .generation import RadHybridGenerationMixin
+from .masks import MASK_KINDS, attention_masks
+from .packed_rows import document_index, flash_attention_lengths, positions_in_documents
+from .rollback_cache import CACHE_NAME, RadHybridCache
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -262,8 +252,6 @@ class RadHybridPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Assisted decoding must be able to take tokens back; the stock cache cannot do that with a recurrent state.
-    _is_stateful = True
     _can_record_outputs = {"hidden_states": RadHybridDecoderLayer, "attentions": RadHybridAttention}
 
     @torch.no_grad()
@@ -273,68 +261,10 @@ class RadHybridPreTrainedModel(PreTrainedModel):
             module.init_identity()
 
 
-class StateOnlyCache(DynamicCache):
-    """Cache of a student without any attention head: the stock one cannot say how many tokens it has seen."""
-
-    def __init__(self, config):
-        super().__init__(config=config)
-        self.seen_tokens = 0
-
-    def update_conv_state(self, conv_states, layer_idx, **kwargs):
-        if layer_idx == 0:
-            self.seen_tokens += conv_states.shape[-1]
-        return super().update_conv_state(conv_states, layer_idx, **kwargs)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.seen_tokens
-
-    def reset(self):
-        super().reset()
-        self.seen_tokens = 0
-
-
-def new_cache(config: RadHybridConfig) -> Cache:
-    """An empty cache for a student of this configuration."""
-    return DynamicCache(config=config) if any(config.kept_heads) else StateOnlyCache(config)
-
-
-def document_index(
-    position_ids: torch.Tensor | None, cu_seq_lens: torch.Tensor | None, tokens: int
-) -> torch.Tensor | None:
-    """
-    Document of each token of a packed row, `[B, T]`, from cumulative lengths or from positions that start anew.
-    """
-    if cu_seq_lens is not None:
-        starts = torch.arange(tokens, device=cu_seq_lens.device)[:, None] >= cu_seq_lens[None, 1:-1]
-        return starts.sum(-1, dtype=torch.int32)[None]
-    if position_ids is None or tokens == 1:
-        return None
-    starts = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return nn.functional.pad(starts.cumsum(-1, dtype=torch.int32), (1, 0))
-
-
-def attention_masks(config: RadHybridConfig, **arguments) -> dict[str, torch.Tensor | None]:
-    """
-    The masks that the layers of a student want: `linear_attention` for recurrent heads, and the kinds of [`MASK_KINDS`]
-    that its kept heads have. Arguments are those of transformers' mask functions.
-
-    Not transformers' `create_masks_for_generate`: that forgets the window of `hybrid_sliding` layers, and takes the
-    length of the cache from a layer of another kind where both kinds are hybrid.
-    """
-    masks = {"linear_attention": create_recurrent_attention_mask(config=config, **arguments)}
-    for kind, create in (
-        ("full_attention", create_causal_mask),
-        ("sliding_attention", create_sliding_window_causal_mask),
-    ):
-        layers = [layer for layer, name in enumerate(config.layer_types) if MASK_KINDS[name] == kind]
-        if layers:
-            masks[kind] = create(config=config, layer_idx=layers[0], **arguments)
-    return masks
-
-
 class RadHybridModel(RadHybridPreTrainedModel):
     def __init__(self, config: RadHybridConfig):
         super().__init__(config)
+        self.attends = any(config.kept_heads)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(RadHybridDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RadHybridRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -357,34 +287,48 @@ class RadHybridModel(RadHybridPreTrainedModel):
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """
-        As in transformers' decoders, the cache under its new name or its old one. Packed documents are kept apart when `seq_idx` `[B, T]`, `cu_seq_lens_q` or, without
-        mask and cache, restarting `position_ids` say where they start.
+        As in transformers' decoders, the cache under its new name or its old one. Packed documents are kept apart when
+        `seq_idx` `[B, T]`, `cu_seq_lens_q` or, without mask and cache, restarting `position_ids` say where they start;
+        then no cache comes back, as a row of several documents has no one state to go on from.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         cache = past_key_values if cache is None else cache
-        if use_cache and cache is None:
-            cache = new_cache(self.config)
-        tokens = inputs_embeds.shape[1]
-        if seq_idx is None and attention_mask is None and cache is None:
-            seq_idx = document_index(position_ids, kwargs.get("cu_seq_lens_q"), tokens)
+        batch, tokens = inputs_embeds.shape[:2]
+        documents = {"seq_idx": seq_idx, "cu_seq_lens": kwargs.get("cu_seq_lens_q")}
+        if cache is not None and any(sign is not None for sign in documents.values()):
+            raise ValueError("seq_idx and cu_seq_lens_q say that rows are packed, and packed rows cannot fill a cache.")
+        if cache is None and attention_mask is None:
+            documents["position_ids"] = position_ids
+        seq_idx = document_index(batch, tokens, **documents)
+        if use_cache and cache is None and (seq_idx is None or (seq_idx == seq_idx[:, :1]).all()):
+            cache, seq_idx = RadHybridCache(self.config), None
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(seen, seen + tokens, device=inputs_embeds.device)[None]
+            if seq_idx is not None:
+                position_ids = positions_in_documents(seq_idx)
+            else:
+                # A student without any attention head has no use for positions, and its cache may not know them.
+                seen = cache.get_seq_length() if cache is not None and self.attends else 0
+                position_ids = torch.arange(seen, seen + tokens, device=inputs_embeds.device)[None]
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
         if not isinstance(attention_mask, dict):
-            attention_mask = attention_masks(
-                self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                **{CACHE_NAME: cache},
-            )
+            arguments = {"config": self.config, "inputs_embeds": inputs_embeds, CACHE_NAME: cache}
+            recurrent = create_recurrent_attention_mask(attention_mask=attention_mask, **arguments)
+            if seq_idx is not None:
+                if attention_mask is not None and attention_mask.ndim == 2:
+                    # Padding becomes a document of its own.
+                    seq_idx, attention_mask = seq_idx.masked_fill(attention_mask == 0, -1), None
+                # Transformers reads packed documents from positions that start anew, whatever those of the angles are.
+                position_ids = positions_in_documents(seq_idx)
+                if is_flash_attention_requested(self.config):
+                    kwargs |= flash_attention_lengths(position_ids)
+            masks = attention_masks(attention_mask=attention_mask, position_ids=position_ids, **arguments)
+            attention_mask = {**masks, "linear_attention": recurrent}
         hidden_states = inputs_embeds
         if self.config.embedding_multiplier != 1:
             hidden_states = hidden_states * self.config.embedding_multiplier
-        position_embeddings = self.rotary_emb(hidden_states, position_ids)
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,
@@ -400,7 +344,7 @@ class RadHybridModel(RadHybridPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **{CACHE_NAME: cache})
 
 
-class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
+class RadHybridForCausalLM(RadHybridPreTrainedModel, RadHybridGenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -411,27 +355,6 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        wants_cache = generation_config.use_cache is not False and model_kwargs.get(CACHE_NAME) is None
-        if wants_cache and not any(self.config.kept_heads):
-            model_kwargs[CACHE_NAME] = new_cache(self.config)
-            return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids=None, **kwargs):
-        """As transformers' function of this name, see [`attention_masks`]."""
-        arguments = {"inputs_embeds": inputs_embeds, "attention_mask": attention_mask, "position_ids": position_ids}
-        return attention_masks(config, **arguments, **{CACHE_NAME: kwargs[CACHE_NAME]})
-
-    def prepare_inputs_for_generation(self, input_ids, next_sequence_length=None, **kwargs):
-        rope, cache = self.config.rope_parameters, kwargs.get(CACHE_NAME)
-        # longrope has other frequencies beyond the length of its pretraining: what is cached belongs to the old ones.
-        if rope["rope_type"] == "longrope" and cache is not None:
-            if cache.get_seq_length() <= rope["original_max_position_embeddings"] < input_ids.shape[1]:
-                kwargs[CACHE_NAME] = next_sequence_length = None
-        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -447,7 +370,10 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
-        """As in transformers' causal language models; `logits_to_keep` limits the logits to the last positions."""
+        """
+        As in transformers' causal language models; `logits_to_keep` limits the logits to so many last positions, to
+        positions `[n]`, or to positions `[B, n]` of each row.
+        """
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -457,8 +383,14 @@ class RadHybridForCausalLM(RadHybridPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.ndim == 2:
+            hidden_states = hidden_states.take_along_dim(logits_to_keep[..., None], dim=1)
+        else:
+            hidden_states = hidden_states[:, logits_to_keep]
+        logits = self.lm_head(hidden_states)
         if self.config.logits_scaling != 1:
             logits = logits / self.config.logits_scaling
         loss = None

@@ -35,6 +35,7 @@ os.environ.update(HUB_ENVIRONMENT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from layouts import HEAD_MAPS, LAYOUTS, random_student  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
 
@@ -101,3 +102,10 @@ def tiny_llama() -> LlamaForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(params=LAYOUTS, ids=lambda layout: "-".join(layout).replace(" ", "_"))
+def student(request, tiny_llama):
+    """A tiny student of random weights, in every layout of kept heads and both mixings."""
+    name, mixing = request.param
+    return random_student(tiny_llama, HEAD_MAPS[name], mixing=mixing)

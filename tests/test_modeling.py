@@ -1,50 +1,13 @@
-"""The student as a transformers model: equality with its teacher, caches, padding, packing, generation, configuration."""
+"""The student as a transformers model: equality with its teacher, saving, gradient checkpointing, configuration."""
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from layouts import prompt
 from transformers import AutoModelForCausalLM
 
-from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
-from modeling_rad_hybrid.modeling_rad_hybrid import new_cache
+from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
 from trainers.families import backbone_fields
-
-
-ALL = [0, 1, 2, 3]
-HEAD_MAPS = {
-    "mixed": [[0, 1], [], [1, 2, 3]],
-    "first layer without attention": [[], [2], [0]],
-    "no attention at all": [[], [], []],
-    "whole layers": [ALL, [], ALL],
-}
-
-
-@pytest.fixture(params=[(name, mixing) for name in HEAD_MAPS for mixing in ("replace", "parallel")], ids=str)
-def student(request, tiny_llama):
-    name, mixing = request.param
-    layers = tiny_llama.config.num_hidden_layers
-    return random_student(tiny_llama, (HEAD_MAPS[name] * layers)[:layers], mixing=mixing)
-
-
-def random_student(teacher, kept_heads, **kwargs):
-    torch.manual_seed(0)
-    model = RadHybridForCausalLM(
-        RadHybridConfig(**backbone_fields(teacher.config), kept_heads=kept_heads, **kwargs)
-    ).eval()
-    # Away from the start values, so that convolution, gate and skip all matter.
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    model.generation_config.eos_token_id = None
-    return model
-
-
-def prompt(model, tokens=29, batch=2):
-    torch.manual_seed(1)
-    return torch.randint(5, model.config.vocab_size, (batch, tokens))
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 def test_with_every_head_kept_the_student_is_the_teacher(tiny_llama):
@@ -53,56 +16,6 @@ def test_with_every_head_kept_the_student_is_the_teacher(tiny_llama):
     model.load_state_dict(weights)
     ids = prompt(model)
     assert torch.equal(model(ids).logits, tiny_llama(ids).logits)
-
-
-def test_cached_forward_equals_one_pass(student):
-    ids = prompt(student)
-    whole = student(ids).logits
-    # Both names of the cache are understood, whatever the version of transformers.
-    for name in ("cache", "past_key_values"):
-        cache = {name: new_cache(student.config)}
-        parts = [student(ids[:, :12], **cache).logits, student(ids[:, 12:15], **cache).logits]
-        parts += [student(ids[:, t : t + 1], **cache).logits for t in range(15, ids.shape[1])]
-        close(torch.cat(parts, 1), whole)
-
-
-def test_generation_is_the_same_with_cache_without_and_left_padded(student):
-    ids = prompt(student)
-    options = {"max_new_tokens": 10, "do_sample": False}
-    with_cache = student.generate(ids, **options)
-    assert torch.equal(with_cache, student.generate(ids, use_cache=False, **options))
-    padded = torch.nn.functional.pad(ids, (5, 0))
-    mask = (torch.arange(padded.shape[1]) >= 5).long().expand(2, -1)
-    assert torch.equal(student.generate(padded, attention_mask=mask, **options)[:, 5:], with_cache)
-    assert torch.equal(student.generate(ids, cache_implementation="static", **options), with_cache)
-    assert torch.equal(
-        student.generate(ids, num_beams=3, **options), student.generate(ids, num_beams=3, use_cache=False, **options)
-    )
-
-
-def test_right_padded_prefill_leaves_the_states_of_the_tokens_alone(student):
-    ids = prompt(student, 20)
-    whole = student(ids).logits
-    mask = torch.ones(2, 19, dtype=torch.long)
-    mask[0, 15:] = 0
-    mask[1, 17:] = 0
-    cache = new_cache(student.config)
-    student(ids[:, :19] * mask, attention_mask=mask, past_key_values=cache)
-    following = torch.stack([ids[0, 15], ids[1, 17]])[:, None]
-    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
-    positions = torch.tensor([[15], [17]])
-    logits = student(following, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
-    close(logits[:, 0], torch.stack([whole[0, 15], whole[1, 17]]))
-
-
-def test_packed_documents_do_not_touch_each_other(student):
-    ids = prompt(student, batch=1)
-    positions = torch.cat([torch.arange(11), torch.arange(18)])[None]
-    packed = student(ids, position_ids=positions, use_cache=False).logits
-    close(packed[:, 11:], student(ids[:, 11:], use_cache=False).logits)
-    changed = ids.clone()
-    changed[:, :11] = prompt(student, 11, 1).flip(1)
-    assert torch.equal(student(changed, position_ids=positions, use_cache=False).logits[:, 11:], packed[:, 11:])
 
 
 def test_saved_student_loads_again(student, tmp_path):
@@ -125,13 +38,6 @@ def test_gradient_checkpointing_changes_nothing(student):
         student(ids, labels=ids).loss.backward()
         gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_shared_groups_store_their_keys_once(tiny_llama):
-    layers = tiny_llama.config.num_hidden_layers
-    student = random_student(tiny_llama, [[0, 1, 2]] + [[]] * (layers - 1))
-    cache = student(prompt(student), use_cache=True)[CACHE_NAME]
-    assert cache.layers[0].keys.shape[1] == 2
 
 
 BAD = [
