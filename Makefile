@@ -1,4 +1,4 @@
-# make demo | make test: each sets up a virtual environment first; the second run finds the stamp and is quick.
+# make demo | make test | make test-hf: each sets up a virtual environment first; the second run finds the stamp and is quick.
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -6,7 +6,7 @@ PYTHON ?= python3
 # Plain `pip install torch` pulls gigabytes of CUDA libraries; without a GPU the constraint file pins a CPU build.
 CONSTRAINT := $(shell command -v nvidia-smi >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 
-.PHONY: demo test lint teacher
+.PHONY: demo test test-hf lint teacher
 
 $(STAMP): pyproject.toml constraints-cpu.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -19,6 +19,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# Transformers' own model tests, of the installed version, on students. Downloads its source distribution once.
+test-hf: $(STAMP)
+	$(BIN)/python -m pytest -o addopts=-q -W ignore tests/hf_model_tests/suite.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -47,8 +47,7 @@ def flash_by_hand(query, key, value, attention_mask, query_length, is_causal, so
     return torch.einsum("bhqk,bkhp->bqhp", weights, value)
 
 
-@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flash_attention_4"])
-def test_flash_attention_gets_the_right_arguments(student, name, monkeypatch):
+def test_flash_attention_gets_the_right_arguments(student, monkeypatch):
     calls = []
 
     def kernel(query, key, value, attention_mask, **kwargs):
@@ -61,24 +60,24 @@ def test_flash_attention_gets_the_right_arguments(student, name, monkeypatch):
     packing = {"seq_idx": (torch.arange(29) >= torch.tensor([[11], [20]])).long()}
     student.set_attn_implementation("eager")
     with torch.no_grad():
-        expected = [student(ids).logits, student(ids, attention_mask=mask).logits, student(ids, **packing).logits]
+        expected = [student(ids, attention_mask=mask).logits, student(ids, **packing).logits]
         text = student.generate(ids, attention_mask=mask, max_new_tokens=5)
-        # Past the check that the kernel is installed, which it cannot be here.
-        student.config._attn_implementation = name
         monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernel)
-        found = [student(ids).logits, student(ids, attention_mask=mask).logits, student(ids, **packing).logits]
+        kept = [heads for heads in student.config.kept_heads if heads]
+        for name in ("flash_attention_4", "flash_attention_3", "flash_attention_2"):
+            # Past the check that the kernel is installed, which it cannot be here.
+            student.config._attn_implementation = name
+            calls.clear()
+            close(student(ids, **packing).logits, expected[1])
+            assert [call["attn_implementation"] for call in calls] == [name] * len(kept)
+        for heads, call in zip(kept, calls, strict=True):
+            groups = {head // 2 for head in heads}
+            fullest = max(sum(head // 2 == group for head in heads) for group in groups)
+            # K and V of a group go in once, whatever heads are kept of it.
+            assert call["query"] == (2, 29, len(groups) * fullest, 16) and call["key"] == (2, 29, len(groups), 16)
+            assert call["dropout"] == 0.0 and call["softmax_scale"] == 16**-0.5
+        close(student(ids, attention_mask=mask).logits[mask.bool()], expected[0][mask.bool()])
         assert torch.equal(student.generate(ids, attention_mask=mask, max_new_tokens=5), text)
-    close(found[0], expected[0])
-    close(found[1][mask.bool()], expected[1][mask.bool()])
-    close(found[2], expected[2])
-    kept = [heads for heads in student.config.kept_heads if heads]
-    assert bool(calls) == bool(kept)
-    for heads, call in zip(kept, calls, strict=False):
-        groups = {head // 2 for head in heads}
-        fullest = max(sum(head // 2 == group for head in heads) for group in groups)
-        # K and V of a group go in once, whatever heads are kept of it.
-        assert call["query"] == (2, 29, len(groups) * fullest, 16) and call["key"] == (2, 29, len(groups), 16)
-        assert call["attn_implementation"] == name and call["dropout"] == 0.0
 
 
 @pytest.mark.skipif(not is_torch_flex_attn_available(), reason="this PyTorch has no flex attention")

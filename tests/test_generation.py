@@ -200,6 +200,11 @@ def test_states_after_a_rollback(student):
         close(feed(18, 24), student(ids, use_cache=False).logits[:, 18:])
 
 
+@pytest.mark.parametrize("window", [6, 40])
+def test_states_after_a_rollback_in_a_sliding_window(tiny_llama, window):
+    test_states_after_a_rollback(random_student(tiny_llama, HEAD_MAPS["mixed"], sliding_window=window))
+
+
 def test_a_whole_prompt_can_be_taken_back(student):
     ids = prompt(student, 9)
     cache = RadHybridCache(student.config)
