@@ -140,8 +140,9 @@ def test_with_all_heads_kept_logits_and_text_are_the_teachers(teacher):
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    # Without a cache: transformers 5.17 forgets Phi-3's prompt where longrope changes its frequencies.
+    expected = teacher.generate(ids, use_cache=False, **options)
     for more in ({}, {"cache_implementation": "static"}):
-        expected = teacher.generate(ids, **options, **more)
         assert torch.equal(student.generate(ids, **options, **more), expected)
 
 
@@ -225,12 +226,11 @@ def test_counted_bytes_are_those_of_the_caches(teacher):
 
 def test_longrope_switches_its_frequencies_where_the_teacher_does():
     teacher = build(TEACHERS["phi3, longrope"])
-    student, ids = student_of(teacher, ALL), prompt(28)
-    expected = teacher.generate(ids, max_new_tokens=12, do_sample=False)
-    assert torch.equal(student.generate(ids, max_new_tokens=12, do_sample=False), expected)
-    whole = student_of(teacher, MIXED).eval()
-    options = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(whole.generate(ids, **options), whole.generate(ids, use_cache=False, **options))
+    ids, options = prompt(28), {"max_new_tokens": 12, "do_sample": False}
+    expected = teacher.generate(ids, use_cache=False, **options)
+    assert torch.equal(student_of(teacher, ALL).generate(ids, **options), expected)
+    mixed = student_of(teacher, MIXED)
+    assert torch.equal(mixed.generate(ids, **options), mixed.generate(ids, use_cache=False, **options))
 
 
 FOREIGN = {
