@@ -40,7 +40,10 @@ def main() -> None:
     result = {"hardware": hardware(), "versions": versions(), "probe": probe.settings(), "examples": args.num_examples}
     result["exact"] = exact(model, tokenizer, probe, args)
     result["screens"] = [
-        line for seed in args.seeds for line in screened(model, tokenizer, probe, args, seed, result["exact"]["naive_s"])
+        line
+        for seed in args.seeds
+        if args.screens
+        for line in screened(model, tokenizer, probe, args, seed, result["exact"]["naive_s"])
     ]
     if args.out:
         write_json(args.out, result)
@@ -199,7 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--queries", type=int, default=1, help="questions on one dictionary (default: 1)")
     parser.add_argument("--layers", type=int, default=6, help="layers measured on both sides (default: 6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--screens", nargs="+", default=list(SCREENS), choices=SCREENS)
+    parser.add_argument("--screens", nargs="*", default=list(SCREENS), help="none: leave the screens out")
     parser.add_argument("--survivors", type=int, default=48, help="heads that a screen lets through (default: 48)")
     parser.add_argument("--out", help="JSON file for the numbers")
     return parser.parse_args()

@@ -79,7 +79,9 @@ def score(workshop: Workshop, out: Path) -> HeadScores:
     return scores
 
 
-def draw_curves(workshop: Workshop, scores: HeadScores, counts: list[int], ablation: str, out: Path) -> dict:
+def draw_curves(
+    workshop: Workshop, scores: HeadScores, counts: list[int], ablation: str, out: Path, num_examples: int | None = None
+) -> dict:
     """
     Measures the teacher with only the best heads of `scores` kept, and with them removed, beside as many random heads
     removed; writes `curves.json` and `curves.png` to `out`.
@@ -95,13 +97,16 @@ def draw_curves(workshop: Workshop, scores: HeadScores, counts: list[int], ablat
             `"zero"` or `"mean"`: what an ablated head gives.
         out (`Path`):
             Folder to write.
+        num_examples (`int`, *optional*):
+            Questions; by default as many as the scores come from.
 
     Returns:
         `dict`: name of a curve -> its values, as in `curves.json`.
     """
     probe, seed = probe_from_settings(scores.probe), workshop.recipe.seed
     teacher, tokenizer = workshop.teacher, workshop.tokenizer
-    batches = pack(tokenizer, probe.examples(scores.num_examples, seed), 1, teacher.device)
+    num_examples = num_examples or scores.num_examples
+    batches = pack(tokenizer, probe.examples(num_examples, seed), 1, teacher.device)
     order = scores.ranking()
     shuffled = random.Random(seed).sample(order, len(order))
     plan = {
@@ -117,7 +122,8 @@ def draw_curves(workshop: Workshop, scores: HeadScores, counts: list[int], ablat
     title = f"{scores.teacher.id.split('/')[-1]} without some of its heads"
     accuracy_curves(lines, out / "curves.png", title, f"heads, of {scores.teacher.num_heads}")
     content = {name: one.to_dict() for name, one in curves.items()}
-    write_json(out / "curves.json", {"probe": scores.probe, "seed": seed, "curves": content})
+    facts = {"probe": scores.probe, "num_examples": num_examples, "seed": seed}
+    write_json(out / "curves.json", {**facts, "curves": content})
     return content
 
 

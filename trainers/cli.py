@@ -421,6 +421,7 @@ def _add_heads(verbs) -> None:
     parser.add_argument("--teacher", required=True, help="Hub id, folder, .gguf file, or `smollm2`")
     parser.add_argument("--revision", help="branch, tag or commit of the teacher's Hub repo")
     parser.add_argument("--out", required=True, help="folder for curves.json and curves.png")
+    parser.add_argument("--num-examples", type=int, help="questions (default: as many as the scores come from)")
     parser.add_argument("--counts", type=int, nargs="+", help="numbers of heads (default: 0, 1, 2, 4, ... all)")
     parser.add_argument("--ablation", choices=("zero", "mean"), default="mean", help="what an ablated head gives")
     parser.add_argument("--seed", type=int, default=0, help="seed of the questions and of the random heads")

@@ -277,7 +277,8 @@ def draw_curves(args: argparse.Namespace) -> None:
     scores = HeadScores.load(args.scores)
     every = scores.teacher.num_heads
     counts = args.counts or [0, *(2**i for i in range(every.bit_length()) if 2**i < every), every]
-    curves = actions.draw_curves(_workshop(args), scores, counts, args.ablation, Path(args.out))
+    out = Path(args.out)
+    curves = actions.draw_curves(_workshop(args), scores, counts, args.ablation, out, args.num_examples)
     rows = [
         {"heads": count, **{name: one["accuracy"][i] for name, one in curves.items()}}
         for i, count in enumerate(counts)
