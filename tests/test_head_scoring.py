@@ -32,7 +32,7 @@ from trainers.files import sha256
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import ProbeFailedError, score_heads
 from trainers.probe_rows import pack
-from trainers.probes import EncodedAnswer, KVRetrieval, generated_accuracy, is_correct
+from trainers.probes import EncodedAnswer, KVRetrieval, MeanOf, generated_accuracy, is_correct
 from trainers.screens import SCREENS, screen_heads
 from trainers.shared_work import SharedWork
 
@@ -177,6 +177,15 @@ def test_a_teacher_that_fails_gets_no_scores(random_models, retriever):
     with pytest.raises(ProbeFailedError, match="more shots.*fewer pairs") as caught:
         score_heads(random_models[0], retriever[1], PROBE, 6, progress=False)
     assert caught.value.accuracy < 0.6
+
+
+def test_every_probe_of_a_mean_must_be_solved(retriever):
+    easy = KVRetrieval(format="json", pairs=4, shots=1, words=tuple(KEYS))
+    both = MeanOf((easy, KVRetrieval(format="json", pairs=6, shots=1, words=tuple(KEYS))))
+    assert score_heads(*retriever[:2], both, 8, progress=False).base_accuracy == 1
+    hard = MeanOf((easy, KVRetrieval(format="json", pairs=4, shots=0, values=("zebra", "yak", "bison", "gnu"))))
+    with pytest.raises(ProbeFailedError, match="0% of kv-json-4x0-custom"):
+        score_heads(*retriever[:2], hard, 8, min_accuracy=0.4, progress=False)
 
 
 def test_a_teacher_that_does_more_after_its_head_is_noticed(random_models, retriever):

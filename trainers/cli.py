@@ -154,15 +154,18 @@ def _add_score(verbs) -> None:
         "smollm2 --out runs/smollm2",
         "smollm2 --out runs/quick --num-examples 20 --screen damped",
         "meta-llama/Llama-3.2-1B-Instruct --out runs/llama --probe-format paper --pairs 20 --shots 0",
-        "smollm2 --out runs/copy --probe copy --set length=20",
+        """smollm2 --out runs/mean --probe kv --probe '{"name": "copy", "length": 16}'""",
     )
     parser.epilog += "\nOn several GPUs: torchrun --nproc-per-node 4 -m trainers.cli score TEACHER --out FOLDER"
     _add_teacher(parser)
     parser.add_argument("--out", required=True, help="folder for scores.json and scores.png")
     asked = parser.add_argument_group("what is asked")
-    asked.add_argument("--probe", default="kv", help="kind of question, see trainers/probes.py (default: kv)")
     asked.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of another --probe than kv"
+        "--probe",
+        action="append",
+        metavar="PROBE",
+        help="kind of question: kv (default), phone_book, mqar, copy, ngram, needle, choice, variables, or its settings as "
+        "JSON; more than once for the mean over several",
     )
     asked.add_argument("--probe-format", choices=("json", "paper", "lines"), default="json", help="text of the probe")
     asked.add_argument("--pairs", type=int, default=20, help="entries of each dictionary (default: 20)")

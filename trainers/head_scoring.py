@@ -28,7 +28,7 @@ from trainers.ablation import HeadAblation, attention_layers, head_means, infere
 from trainers.head_map import TeacherShape
 from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
-from trainers.probes import Probe
+from trainers.probes import MeanOf, Probe
 from trainers.screens import SAMPLED, SCREENS, screen_heads, survivors
 from trainers.shared_work import SharedWork, agreed, is_main_process
 
@@ -128,8 +128,7 @@ def score_heads(
     with inference(model, dtype):
         base = _base(model, tokenizer, batches, dtype, answers)
     accuracy, log_prob = base["correct"] / num_examples, base["log_prob"] / num_examples
-    if accuracy < min_accuracy:
-        raise ProbeFailedError(_failure(teacher.id, probe, accuracy, min_accuracy), accuracy)
+    _check_solved(teacher.id, probe, base["answered"], min_accuracy)
     scores = HeadScores(
         teacher=teacher,
         probe=probe.settings(),
@@ -203,7 +202,7 @@ def _ablate_all(model, tokenizer, batches, wanted, work: SharedWork, scores, bat
 
 def _base(model, tokenizer, batches: list[PackedExamples], dtype: torch.dtype | None, answers: str) -> dict:
     """Sums over all examples for the whole teacher, after a check that packing changes nothing."""
-    total = {"correct": 0.0, "log_prob": 0.0}
+    total = {"correct": 0.0, "log_prob": 0.0, "answered": []}
     for number, batch in enumerate(batches):
         ablation = HeadAblation(model, tokenizer, batch, keep_inputs=False)
         if number == 0:
@@ -212,6 +211,7 @@ def _base(model, tokenizer, batches: list[PackedExamples], dtype: torch.dtype | 
             ablation = HeadAblation(model, tokenizer, batch, keep_inputs=False, rank_candidates=True)
         total["correct"] += ablation.base.correct.sum().item()
         total["log_prob"] += ablation.base.log_prob.sum().item()
+        total["answered"] += ablation.base.correct[0].tolist()
     return total
 
 
@@ -257,11 +257,18 @@ def _drops(units: dict, name: str, base: float, batches, wanted, num_heads: int,
     return table
 
 
-def _failure(id: str, probe: Probe, accuracy: float, min_accuracy: float) -> str:
-    return (
-        f"{id} answers {accuracy:.0%} of {probe.name} and would need {min_accuracy:.0%}: a probe that the whole "
-        f"teacher fails cannot rank its heads, the scores would be noise. Try {probe.easier}."
-    )
+def _check_solved(id: str, probe: Probe, answered: list[bool], min_accuracy: float) -> None:
+    """Refuses a teacher that fails the probe, or any one of those that it is the mean of."""
+    parts = probe.parts(answered) if isinstance(probe, MeanOf) else {probe.name: answered}
+    easier = {one.name: one.easier for one in (probe.probes if isinstance(probe, MeanOf) else [probe])}
+    for name, values in parts.items():
+        accuracy = sum(values) / len(values)
+        if accuracy < min_accuracy:
+            raise ProbeFailedError(
+                f"{id} answers {accuracy:.0%} of {name} and would need {min_accuracy:.0%}: a probe that the whole "
+                f"teacher fails cannot rank its heads, the scores would be noise. Try {easier[name]}.",
+                accuracy,
+            )
 
 
 def _versions() -> dict:

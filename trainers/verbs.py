@@ -378,19 +378,15 @@ def _workshop(args: argparse.Namespace, **settings):
 
 def _probe(args: argparse.Namespace) -> dict:
     """Settings of the probe that `hf-rad score` asks."""
-    if args.probe == "kv":
-        names = {"format": args.probe_format, "pairs": args.pairs, "shots": args.shots, "values": args.values}
-        return {"name": "kv", **names, "queries": args.queries}
-    settings = {"name": args.probe}
-    for item in args.set:
-        name, equals, value = item.partition("=")
-        if not equals or not name:
-            raise ValueError(f"--set is {item!r}; write NAME=VALUE, such as --set length=20.")
+    names = {"format": args.probe_format, "pairs": args.pairs, "shots": args.shots, "values": args.values}
+    probes = []
+    for word in args.probe or ["kv"]:
         try:
-            settings[name] = json.loads(value)
-        except json.JSONDecodeError:
-            settings[name] = value
-    return settings
+            settings = json.loads(word) if word.startswith("{") else {"name": word}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--probe is {word!r}; write the name of a probe, or its settings as JSON.") from error
+        probes.append({"name": "kv", **names, "queries": args.queries} if word == "kv" else settings)
+    return probes[0] if len(probes) == 1 else {"name": "mean", "probes": probes}
 
 
 def _tasks(args: argparse.Namespace) -> list[dict]:
