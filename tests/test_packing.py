@@ -90,6 +90,16 @@ def test_documents_held_out_are_never_packed(corpus, tiny_tokenizer):
     assert first == list(DocumentStream("text.jsonl.zst", seed=3))
 
 
+def test_a_long_text_is_used_whole_in_pieces(tmp_path):
+    text = " ".join(f"word{i}" for i in range(500)) + "x" * 300
+    (tmp_path / "book.txt").write_text(text)
+    pieces = list(DocumentStream(str(tmp_path / "book.txt"), most_characters=100))
+    assert max(map(len, pieces)) <= 100 and len(pieces) > 20
+    assert sorted(" ".join(pieces).split()) != text.split() and len("".join(pieces)) == len(text.replace(" ", "")) + sum(
+        piece.count(" ") for piece in pieces
+    )
+
+
 def test_a_packed_folder_is_whole_or_not_there(corpus, tiny_tokenizer, monkeypatch):
     settings = [{"text": "text.jsonl.zst", "weight": 1.0}, {"text": "gone.jsonl", "weight": 1.0}]
     with pytest.raises(FileNotFoundError, match="gone.jsonl"):

@@ -27,6 +27,8 @@ from trainers.probes import probe_from_settings
 
 
 PROBE_BLOCK = 32
+# About as many as in English text, so that a piece of text fills a row.
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class ProbeDocuments:
 SOURCE_KEYS = {"text", "probe", "weight", "field", "split"}
 
 
-def source_from_settings(settings: dict, seed: int = 0) -> Source:
+def source_from_settings(settings: dict, seed: int = 0, length: int | None = None) -> Source:
     """
     Makes a source of plain values.
 
@@ -88,6 +90,8 @@ def source_from_settings(settings: dict, seed: int = 0) -> Source:
             [`~trainers.probes.probe_from_settings`] takes them).
         seed (`int`, *optional*, defaults to 0):
             Decides the order of the documents and the probe's draws.
+        length (`int`, *optional*):
+            Tokens of a row; texts that are longer are cut into pieces of about a row.
 
     Raises:
         `ValueError`: for an unknown key, or when not exactly one of `text` and `probe` is there.
@@ -103,7 +107,9 @@ def source_from_settings(settings: dict, seed: int = 0) -> Source:
         probe = probe_from_settings(settings["probe"])
         return Source(ProbeDocuments(probe, seed), weight, whole=True, name=probe.name)
     options = {key: settings[key] for key in ("field", "split") if key in settings}
-    return Source(DocumentStream(settings["text"], seed=seed, **options), weight, name=settings["text"])
+    most = None if length is None else CHARACTERS_PER_TOKEN * length
+    stream = DocumentStream(settings["text"], seed=seed, most_characters=most, **options)
+    return Source(stream, weight, name=settings["text"])
 
 
 def packed_dataset(

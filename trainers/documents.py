@@ -47,12 +47,23 @@ class DocumentStream:
             Split of a Hub data set.
         seed (`int`, *optional*, defaults to 0):
             Decides the orders.
+        most_characters (`int`, *optional*):
+            Cuts longer texts into pieces of about this length, at blanks, and mixes the pieces: of a book that only
+            gave windows nearly all would be read and thrown away.
 
     Documents that [`held_out`] holds out are left out.
     """
 
-    def __init__(self, source: str, field: str = "text", split: str = "train", seed: int = 0):
+    def __init__(
+        self,
+        source: str,
+        field: str = "text",
+        split: str = "train",
+        seed: int = 0,
+        most_characters: int | None = None,
+    ):
         self.source, self.field, self.split, self.seed = source, field, split, seed
+        self.most_characters = most_characters
         self.passes = 0
 
     def __iter__(self) -> Iterator[Document]:
@@ -65,7 +76,25 @@ class DocumentStream:
             documents = itertools.chain.from_iterable(_read_file(file, self.field) for file in files)
         else:
             documents = _hub_documents(self.source, self.field, self.split, None)
-        return _shuffled((document for document in documents if not is_held_out(document)), rng)
+        documents = (document for document in documents if not is_held_out(document))
+        if self.most_characters is not None:
+            documents = itertools.chain.from_iterable(_pieces(d, self.most_characters) for d in documents)
+        return _shuffled(documents, rng)
+
+
+def _pieces(document: Document, most: int) -> Iterator[Document]:
+    if not isinstance(document, str):
+        yield document
+        return
+    start = 0
+    while len(document) - start > most:
+        blank = max(document.rfind(" ", start, start + most), document.rfind("\n", start, start + most))
+        end = blank if blank > start else start + most
+        if document[start:end].strip():
+            yield document[start:end].strip()
+        start = end
+    if document[start:].strip():
+        yield document[start:].strip()
 
 
 def _shuffled(documents: Iterator[Document], rng: random.Random) -> Iterator[Document]:

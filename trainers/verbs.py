@@ -108,12 +108,13 @@ def pack(args: argparse.Namespace) -> None:
     for probe_format, weight in args.probe:
         sources.append({"probe": {"name": "kv", "format": probe_format}, "weight": float(weight)})
     settings = sources or data.mixture(str(EXCERPT / "train.jsonl.xz"))
+    length = args.length or data.length
     manifest = packing.pack(
         args.out,
         workshop.tokenizer,
-        [source_from_settings(source, args.seed) for source in settings],
+        [source_from_settings(source, args.seed, length) for source in settings],
         settings,
-        args.length or data.length,
+        length,
         args.tokens,
         args.seed,
         workshop.teacher_name,

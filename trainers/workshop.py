@@ -178,7 +178,7 @@ class Workshop:
             return self._packed_rows(num_tokens, purpose)
         seed = int.from_bytes(hashlib.sha256(f"{purpose} {self.recipe.seed}".encode()).digest()[:4], "big")
         if data.sources:
-            sources = [source_from_settings(settings, seed) for settings in data.sources]
+            sources = [source_from_settings(settings, seed, data.length) for settings in data.sources]
             return packed_dataset(self.tokenizer, sources, data.length, num_tokens, seed, self.progress)
         return mixture_rows(
             self.tokenizer,
