@@ -220,6 +220,27 @@ def test_bf16_computes_in_bfloat16_from_float32_weights(student, make_trainer, s
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
 
 
+def test_what_both_models_have_in_common_is_in_memory_once_while_training(student, tiny_llama, make_trainer):
+    teacher = tiny_llama.to(torch.bfloat16)
+    student = make_student(teacher).float()
+    seen = {}
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.update({name: p.data_ptr() for name, p in model.named_parameters()})
+
+    before = weights_of(student)
+    make_trainer(student, teacher=teacher, callbacks=[Look()]).train()
+    theirs = {name: p.data_ptr() for name, p in teacher.named_parameters()}
+    shared = {name for name, place in seen.items() if theirs.get(name) == place}
+    assert {"model.layers.0.mlp.up_proj.weight", "model.norm.weight"} <= shared
+    # In another type the embedding would change the type of everything after it.
+    assert not any("embed" in name or ".mixer." in name for name in shared)
+    for name, parameter in student.named_parameters():
+        assert parameter.dtype == torch.float32 and parameter.data_ptr() not in theirs.values()
+        assert torch.equal(parameter, before[name]) == (".mixer.ssm." not in name), name
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_teacher_in_another_type_is_taken_as_it_is(student, tiny_llama, make_trainer, stage):
     exact = make_trainer(copy.deepcopy(student), stage=stage)

@@ -95,9 +95,9 @@ def test_a_long_text_is_used_whole_in_pieces(tmp_path):
     (tmp_path / "book.txt").write_text(text)
     pieces = list(DocumentStream(str(tmp_path / "book.txt"), most_characters=100))
     assert max(map(len, pieces)) <= 100 and len(pieces) > 20
-    assert sorted(" ".join(pieces).split()) != text.split() and len("".join(pieces)) == len(text.replace(" ", "")) + sum(
-        piece.count(" ") for piece in pieces
-    )
+    assert sorted(" ".join(pieces).split()) != text.split() and len("".join(pieces)) == len(
+        text.replace(" ", "")
+    ) + sum(piece.count(" ") for piece in pieces)
 
 
 def test_a_packed_folder_is_whole_or_not_there(corpus, tiny_tokenizer, monkeypatch):

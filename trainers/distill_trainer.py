@@ -27,16 +27,17 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTTrainer
-from trl.models import prepare_deepspeed
 
 from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, attention_masks
 from trainers.distill_config import RadDistillationConfig
 from trainers.families import logits_scale
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
 from trainers.packing import DocumentCollator
+from trainers.placement import place_teacher, shared_frozen_tensors, whole
 from trainers.precision import resolve_dtype
 from trainers.teachers import load_teacher, teacher_identity
 from trainers.trl_compat import redirect_forward
@@ -117,6 +118,16 @@ def _body_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _call(function, *args, **kwargs):
     return function(*args, **kwargs)
+
+
+def _mix(layer, hidden_states, **kwargs):
+    """Runs a layer's mixer alone, by way of the layer's own call: the hooks that gather FSDP's shards hang there."""
+    layer.forward = layer.mixer.forward
+    try:
+        # Not the layer's own __call__, which may recompute later, when its forward is another one.
+        return nn.Module.__call__(layer, hidden_states, **kwargs)
+    finally:
+        del layer.forward
 
 
 class RadDistillationTrainer(SFTTrainer):
@@ -204,12 +215,7 @@ class RadDistillationTrainer(SFTTrainer):
             peft_config=peft_config,
         )
         teacher.requires_grad_(False).eval()
-        # Not accelerate's prepare_model: it would patch the caller's teacher for good, and a frozen model needs no
-        # DDP.
-        if self.is_deepspeed_enabled:
-            self.teacher_model = prepare_deepspeed(teacher, self.accelerator)
-        else:
-            self.teacher_model = teacher.to(self.accelerator.device)
+        self.teacher_model = place_teacher(self.accelerator, teacher)
         # Sums since the last log: name -> [numerators, denominators], each a number or one value a layer.
         self._totals = {"train": {}, "eval": {}}
 
@@ -316,8 +322,26 @@ class RadDistillationTrainer(SFTTrainer):
             loss = loss * self.accelerator.num_processes
         return loss
 
+    def train(self, *args, **kwargs):
+        """As the parent's; meanwhile what student and teacher have in common is in memory once, where it is whole."""
+        if self.teacher_model is not self._teacher() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super().train(*args, **kwargs)
+        student = self._student_causal_lm(self.model)
+        any_dtype = self.args.stage == "alignment" or self.args.bf16
+        with shared_frozen_tensors(student, self._teacher(), any_dtype):
+            return super().train(*args, **kwargs)
+
     def _teacher(self) -> PreTrainedModel:
         return self.accelerator.unwrap_model(self.teacher_model)
+
+    def _run_teacher(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The teacher's last hidden states `[B, T, D]`, by way of its wrapper's forward, which gathers shards."""
+        teacher = self._teacher()
+
+        def last_hidden_state() -> torch.Tensor:
+            return teacher.model(**_body_inputs(inputs), use_cache=False).last_hidden_state
+
+        return redirect_forward(self.teacher_model, teacher, last_hidden_state)
 
     def _student_causal_lm(self, student):
         """The student below a PEFT adapter, if there is one."""
@@ -328,7 +352,7 @@ class RadDistillationTrainer(SFTTrainer):
         body = self._student_causal_lm(student).model
         with self.accelerator.autocast():
             with torch.no_grad(), recorded_mixers(self._teacher().model.layers) as records:
-                self._teacher().model(**_body_inputs(inputs), use_cache=False)
+                self._run_teacher(inputs)
             masks = attention_masks(
                 body.config,
                 inputs_embeds=records[0][0],
@@ -344,7 +368,7 @@ class RadDistillationTrainer(SFTTrainer):
             for layer, (hidden_states, position_embeddings, target) in zip(body.layers, records, strict=True):
                 arguments["position_embeddings"] = tuple(t.to(dtype) for t in position_embeddings)
                 arguments["attention_mask"] = masks.get(layer.mixer.mask_kind)
-                output, _ = mixed(layer.mixer, hidden_states.to(dtype), **arguments)
+                output, _ = mixed(_mix, layer, hidden_states.to(dtype), **arguments)
                 loss, sums = alignment_loss(output[:, :-1], target[:, :-1], counted, self.args.alignment_loss_type)
                 losses.append(loss)
                 measured.append(sums)
@@ -353,17 +377,17 @@ class RadDistillationTrainer(SFTTrainer):
     def _distillation_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over the drawn positions of the divergence from the teacher."""
         student = self._student_causal_lm(student)
-        teacher, body_inputs = self._teacher(), _body_inputs(inputs)
+        body_inputs = _body_inputs(inputs)
         seeds = row_seeds(inputs["labels"], self.args.seed + self.state.global_step)
         rows, columns, weights = sample_positions(counted, self.args.kl_positions, seeds)
         with self.accelerator.autocast():
             with torch.no_grad():
-                teacher_hidden = teacher.model(**body_inputs, use_cache=False).last_hidden_state[rows, columns]
+                teacher_hidden = self._run_teacher(inputs)[rows, columns]
             hidden = student.model(**body_inputs, seq_idx=inputs.get("seq_idx"), use_cache=False).last_hidden_state
             # The heads' weights are used as they are, so a family's scaling of its logits goes into what they read.
-            teacher_hidden = teacher_hidden * logits_scale(teacher.config)
+            teacher_hidden = teacher_hidden * logits_scale(self._teacher().config)
             hidden = hidden[rows, columns] * logits_scale(student.config)  # [N, D]
-            head, teacher_head = student.get_output_embeddings().weight, teacher.get_output_embeddings().weight
+            head, teacher_head = (whole(m.get_output_embeddings().weight) for m in (student, self._teacher()))
             heads = hidden, head, teacher_hidden, teacher_head
             loss, (kd, ce) = head_loss(
                 *heads,

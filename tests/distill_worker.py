@@ -1,0 +1,110 @@
+"""
+One process of a distributed or killed training run, for test_distributed.py.
+
+    python -m torch.distributed.run --nproc_per_node 2 tests/distill_worker.py OUT ddp
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+
+from trainers.conversion import convert
+from trainers.distill_config import RadDistillationConfig
+from trainers.distill_trainer import RadDistillationTrainer
+from trainers.head_map import HeadMap, TeacherShape
+
+
+STEPS, ROWS, LENGTH = 4, 4, 24
+RATES = {"alignment": 0.003, "distillation": 0.05}
+VOCABULARY = 99
+
+
+class Kill(TrainerCallback):
+    """Ends the process as `kill -9` does, in the middle of a run."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == STEPS - 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def tiny_teacher() -> LlamaForCausalLM:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=2, head_dim=8, initializer_range=0.2, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def packed_rows() -> Dataset:
+    """Rows of two documents each, as a packed folder gives them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (STEPS * ROWS, LENGTH), generator=generator)
+    lengths = [[7 + i % 5, LENGTH - 7 - i % 5] for i in range(len(ids))]
+    return Dataset.from_dict({"input_ids": ids.tolist(), "seq_lengths": lengths})
+
+
+def make_trainer(out: Path, tokenizer, stage: str, batch: int, callbacks=None, **settings) -> RadDistillationTrainer:
+    """A trainer whose optimizer steps take `ROWS` rows, whatever the batch and the number of processes."""
+    teacher = tiny_teacher()
+    student = convert(teacher, HeadMap(TeacherShape.from_config(teacher.config, "test/teacher"), [[1], []]))
+    defaults = {"optim": "sgd", "learning_rate": RATES[stage], "mixer_learning_rate": RATES[stage], "max_steps": STEPS}
+    defaults |= {"save_strategy": "no", "logging_steps": 1, "report_to": "none", "disable_tqdm": True}
+    defaults |= {"bf16": False, "use_cpu": True, "per_device_train_batch_size": batch}
+    args = RadDistillationConfig(str(out), stage=stage, **{**defaults, **settings})
+    rows = packed_rows()
+    return RadDistillationTrainer(student, teacher, args, rows, processing_class=tokenizer, callbacks=callbacks)
+
+
+def weights_of(model) -> dict[str, torch.Tensor]:
+    state = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).clone() for name, p in state.items()}
+
+
+def shard_on_cpu() -> None:
+    """accelerate shards on accelerators only; this lets its FSDP2 run on CPUs, for the mathematics."""
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def patched(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+
+    AcceleratorState.__init__ = patched
+
+
+def main(out: str, mode: str) -> None:
+    out, settings = Path(out), {}
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    if mode == "kill":
+        settings = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+        make_trainer(out / "killed", tokenizer, "distillation", ROWS, [Kill()], **settings).train()
+    if mode == "fsdp":
+        shard_on_cpu()
+        settings = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+    for stage in RATES:
+        trainer = make_trainer(out / mode / stage, tokenizer, stage, ROWS // 2, **settings)
+        trainer.train()
+        # What the last forward gathered may still be whole.
+        for module in (*trainer.model.modules(), *trainer.teacher_model.modules()):
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        weights = weights_of(trainer.model)
+        sharded = [isinstance(p, DTensor) for p in (*trainer.model.parameters(), *trainer.teacher_model.parameters())]
+        assert all(sharded) == any(sharded) == (mode == "fsdp"), mode
+        if trainer.is_world_process_zero():
+            losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+            torch.save({"weights": weights, "losses": losses}, out / f"{mode}_{stage}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(*sys.argv[1:])

@@ -1,0 +1,74 @@
+"""
+Two processes train the same weights as one, with DDP and with FSDP2, and a run that was killed goes on to the weights
+of an unbroken one. Processes talk through gloo on the CPU; FSDP2 on the CPU is for its mathematics alone.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distill_worker import RATES, ROWS, make_trainer, weights_of
+
+from trainers.distill_trainer import last_checkpoint
+
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = str(Path(__file__).with_name("distill_worker.py"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small are only slowed down by a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(out: Path, mode: str, processes: int = 2) -> int:
+    """Starts workers; returns the exit code."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), WORKER, str(out), mode]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    if done.returncode not in (0, -signal.SIGKILL):
+        raise AssertionError(done.stderr[-3000:])
+    return done.returncode
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_two_processes_train_the_weights_of_one(tmp_path, tiny_tokenizer, mode):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    run(tmp_path, mode)
+    for stage in RATES:
+        alone = make_trainer(tmp_path / "alone" / stage, tiny_tokenizer, stage, ROWS)
+        before = weights_of(alone.model)
+        alone.train()
+        expected = weights_of(alone.model)
+        there = torch.load(tmp_path / f"{mode}_{stage}.pt")
+        losses = [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
+        assert there["losses"] == pytest.approx(losses, rel=1e-3)
+        assert max((expected[name] - before[name]).abs().max() for name in before) > 3e-4
+        for name, weight in expected.items():
+            torch.testing.assert_close(there["weights"][name], weight, atol=1e-6, rtol=0, msg=f"{stage} {name}")
+
+
+def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(tmp_path, tiny_tokenizer):
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert run(tmp_path, "kill", processes=1) == -signal.SIGKILL
+    checkpoint = last_checkpoint(tmp_path / "killed")
+    assert checkpoint.endswith("checkpoint-2")
+    settings = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
+    resumed = make_trainer(tmp_path / "killed", tiny_tokenizer, "distillation", ROWS, **settings)
+    resumed.train(resume_from_checkpoint=checkpoint)
+    unbroken = make_trainer(tmp_path / "unbroken", tiny_tokenizer, "distillation", ROWS, **settings)
+    unbroken.train()
+    expected = weights_of(unbroken.model)
+    for name, weight in weights_of(resumed.model).items():
+        assert torch.equal(weight, expected[name]), name
+    assert resumed.state.num_input_tokens_seen == unbroken.state.num_input_tokens_seen
