@@ -240,8 +240,14 @@ def test_the_steps_of_a_recipe_read_on_where_the_one_before_ended(corpus, tiny_l
     assert workshop.rows(3 * 192, "alignment")["input_ids"][:] == rows[2:5]
     assert workshop.rows(8 * 192, "distillation")["input_ids"][:] == [*rows[5:11], *rows[:2]]
     assert workshop.trained_probes == manifest.probes
+    make(corpus / "longer", tiny_tokenizer, length=400)
+    recipe["long"] = {"tokens": 800, "length": 400, "packed": "longer"}
+    recipe = Recipe.from_dict(recipe)
+    rows = load_packed("longer")["input_ids"][:2]
+    assert Workshop(recipe, progress=False).rows(800, "long", recipe.long)["input_ids"][:] == rows
+    recipe = {**recipe.to_dict(), "long": {}}
     recipe["data"]["length"] = 100
-    with pytest.raises(ValueError, match="rows of packed have 192 tokens. Write data.length: 192"):
+    with pytest.raises(ValueError, match="rows of packed have 192 tokens. Write length: 192"):
         Workshop(Recipe.from_dict(recipe), progress=False).rows(100, "alignment")
     shutil.rmtree("packed")
     with pytest.raises(FileNotFoundError, match="packed holds no packed data"):

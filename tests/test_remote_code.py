@@ -32,7 +32,7 @@ FLOORS = [
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
     | {"placement"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
-    {"workshop", "actions", "pipeline", "distill", "verbs"},
+    {"workshop", "estimates", "actions", "pipeline", "distill", "verbs"},
     {"cli"},
 ]
 

@@ -271,7 +271,7 @@ def train(
         folder (`Path`):
             Folder of the run: checkpoints while it lasts, the trained student in the end.
         stage (`str`):
-            `"alignment"` or `"distillation"`.
+            `"alignment"`, `"distillation"` or `"long"`, a distillation after the first.
         settings ([`~trainers.recipe.StageSettings`]):
             Tokens, batch and further arguments of the trainer.
         resume (`bool`, *optional*, defaults to `False`):
@@ -282,8 +282,8 @@ def train(
     if folder.exists() and not resume:
         shutil.rmtree(folder)
     student = load_student(source)
-    rows = workshop.rows(settings.tokens, stage)
-    with workshop.stage_teacher(stage, len(rows) * workshop.recipe.data.length) as teacher:
+    rows = workshop.rows(settings.tokens, stage, settings)
+    with workshop.stage_teacher(stage, settings.tokens) as teacher:
         trainer = RadDistillationTrainer(
             student,
             teacher,
@@ -309,7 +309,7 @@ def record_training(source: Path | str, folder: Path, stage: str, tokens: int, p
         folder (`Path`):
             Folder of the trained student.
         stage (`str`):
-            `"alignment"` or `"distillation"`.
+            `"alignment"`, `"distillation"` or `"long"`.
         tokens (`int`):
             Tokens that it was trained on.
         probes (`list[dict]`):
@@ -333,17 +333,17 @@ def num_steps(settings: StageSettings) -> int:
 
 def training_arguments(workshop: Workshop, folder: Path, stage: str, settings: StageSettings) -> RadDistillationConfig:
     """Turns a stage's settings into the trainer's arguments."""
-    length = workshop.recipe.data.length
+    length = settings.length or workshop.recipe.data.length
     rows = settings.batch_tokens // length
     at_once = settings.arguments.get("per_device_train_batch_size", math.gcd(rows, TRAINING_ROWS))
     if rows * length != settings.batch_tokens or rows % at_once:
         raise ValueError(
             f"A step of {settings.batch_tokens} tokens is not a whole number of batches of {at_once} rows of {length} "
-            "tokens. Choose batch_tokens as a multiple of data.length (and of per_device_train_batch_size)."
+            "tokens. Choose batch_tokens as a multiple of the length (and of per_device_train_batch_size)."
         )
     defaults = {
         "output_dir": str(folder),
-        "stage": stage,
+        "stage": "alignment" if stage == "alignment" else "distillation",
         "max_steps": num_steps(settings),
         "max_length": length,
         "per_device_train_batch_size": at_once,

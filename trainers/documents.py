@@ -150,6 +150,19 @@ def text_documents(
     return documents
 
 
+def check_source(source: str) -> None:
+    """
+    Looks whether the files of a source are there; a Hub data set is not asked for.
+
+    Raises:
+        `FileNotFoundError`: for a path that does not exist.
+        `ValueError`: for a folder without files that can be read.
+    """
+    path = Path(source)
+    if path.exists() or _looks_like_file(path):
+        _files(path)
+
+
 def _looks_like_file(path: Path) -> bool:
     return path.is_absolute() or path.suffix in {".jsonl", ".txt", *OPENERS} or str(path).startswith(".")
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import actions
+from trainers.estimates import Estimate, recipe_estimates
 from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
@@ -35,7 +36,7 @@ from trainers.publish import publish
 from trainers.recipe import Recipe, StageSettings
 from trainers.staging import stage
 from trainers.steps import Ledger, Step, stamp
-from trainers.workshop import Workshop
+from trainers.workshop import Workshop, default_device
 
 
 # Layers side by side in the table of residuals.
@@ -202,6 +203,15 @@ class Pipeline:
             {"step": step.name, "what": step.detail, "done": ledger.is_done(step) and not self.fresh}
             for step in self.steps()
         ]
+
+    def estimates(self) -> list[Estimate]:
+        """
+        Tokens, steps, memory and least time of every training stage, after a look whether the data is there.
+
+        Raises:
+            `OSError`: when data is missing, or the teacher's configuration cannot be reached.
+        """
+        return recipe_estimates(self.recipe, self.workshop.teacher_path, default_device())
 
     def run(self) -> dict:
         """
@@ -386,6 +396,25 @@ def plan_table(plan: list[dict], title: str) -> Table:
         table.add_column(column)
     for step in plan:
         table.add_row(step["step"], step["what"], "done, will be skipped" if step["done"] else "to do")
+    return table
+
+
+def estimates_table(estimates: list[Estimate]) -> Table:
+    """Renders what [`~trainers.estimates.recipe_estimates`] gave."""
+    title = "Training, estimated; time is that of matrix products alone, at the rate measured here just now"
+    table = Table(title=title, title_justify="left")
+    for column in ("stage", "tokens", "steps", "trained parameters", "memory", "time at least"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for estimate in estimates:
+        hours, minutes = divmod(math.ceil(estimate.seconds / 60), 60)
+        table.add_row(
+            estimate.stage,
+            f"{estimate.tokens:,}",
+            f"{estimate.steps:,}",
+            f"{estimate.trained / 1e6:.1f} M",
+            f"{estimate.bytes / 2**30:.1f} GiB",
+            f"{hours} h {minutes} min",
+        )
     return table
 
 

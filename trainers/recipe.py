@@ -207,11 +207,17 @@ class StageSettings:
             Tokens of one optimizer step.
         arguments (`dict`, *optional*):
             Any other field of [`~trainers.distill_config.RadDistillationConfig`], such as `learning_rate`.
+        length (`int`, *optional*):
+            Tokens of one sequence in this stage, where it is not that of `data`.
+        packed (`str`, *optional*):
+            Packed folder of this stage, where it is not that of `data`.
     """
 
     tokens: int = 0
     batch_tokens: int = 4096
     arguments: dict = field(default_factory=dict)
+    length: int | None = None
+    packed: str | None = None
 
 
 @dataclass(frozen=True)
@@ -284,8 +290,8 @@ class Recipe:
         students (`list[str]`, *optional*, defaults to `["found"]`):
             What each student keeps: `"found"` heads, `"none"`, `"random"` ones. The first is the one that is
             published; the others are controls with the same training.
-        score, select, convert, data, calibrate, align, distill, eval, publish:
-            Settings of each step.
+        score, select, convert, data, calibrate, align, distill, long, eval, publish:
+            Settings of each step; `long` is a second distillation, meant for longer sequences.
     """
 
     teacher: str
@@ -300,6 +306,7 @@ class Recipe:
     calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
     align: StageSettings = field(default_factory=StageSettings)
     distill: StageSettings = field(default_factory=StageSettings)
+    long: StageSettings = field(default_factory=StageSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     publish: PublishSettings = field(default_factory=PublishSettings)
 
@@ -338,7 +345,7 @@ class Recipe:
 
     def stages(self) -> list[tuple[str, StageSettings]]:
         """Name and settings of every training stage, in their order, those without tokens too."""
-        return [("alignment", self.align), ("distillation", self.distill)]
+        return [("alignment", self.align), ("distillation", self.distill), ("long", self.long)]
 
     def trained_probes(self) -> list[dict]:
         """Settings of the probes in the training data; those of a packed folder stand in its manifest."""

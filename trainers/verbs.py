@@ -4,6 +4,7 @@ The verbs of `hf-rad`: each turns the words of a command line into one call of [
 """
 
 import argparse
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -353,16 +354,18 @@ def pull_heads(args: argparse.Namespace) -> None:
 
 
 def _walk(args: argparse.Namespace, recipe: dict) -> None:
-    from trainers.pipeline import Pipeline, plan_table
+    from trainers.pipeline import Pipeline, estimates_table, plan_table
     from trainers.recipe import Recipe
 
     quiet = args.quiet or args.format == "json"
     pipeline = Pipeline(Recipe.from_dict(recipe), _command(args), quiet, args.fresh)
     if args.dry_run:
         if args.format == "json":
-            print(json.dumps(pipeline.plan(), indent=1))
+            stages = [dataclasses.asdict(estimate) for estimate in pipeline.estimates()]
+            print(json.dumps({"steps": pipeline.plan(), "stages": stages}, indent=1))
         else:
             Console().print(plan_table(pipeline.plan(), f"Plan of {recipe['out']}"))
+            Console().print(estimates_table(pipeline.estimates()))
         return
     report = pipeline.run()
     if args.format == "json":

@@ -27,7 +27,7 @@ from trainers.head_map import TeacherShape
 from trainers.packing import Manifest, load_packed
 from trainers.precision import fast_dtype
 from trainers.probes import probe_from_settings
-from trainers.recipe import Recipe
+from trainers.recipe import Recipe, StageSettings
 from trainers.teachers import load_teacher, teacher_identity
 
 
@@ -133,7 +133,7 @@ class Workshop:
         """
         teacher = self.teacher_in(fast_dtype(default_device()))
         size = num_tokens * teacher.config.hidden_size * teacher.dtype.itemsize
-        if stage != "distillation" or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
+        if stage == "alignment" or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
             yield teacher
             return
         self._remembered = self._remembered or Remembered(teacher.model.forward)
@@ -163,7 +163,7 @@ class Workshop:
     def _documents(self) -> tuple[list[str], list[str]]:
         return text_and_held_out(self.recipe.data.text, self.recipe.data.held_out_text)
 
-    def rows(self, num_tokens: int, purpose: str) -> Dataset:
+    def rows(self, num_tokens: int, purpose: str, settings: StageSettings | None = None) -> Dataset:
         """
         Packs text and probe documents in the recipe's shares into rows.
 
@@ -172,38 +172,41 @@ class Workshop:
                 Least number of tokens.
             purpose (`str`):
                 Name of the step the rows are for: each has draws of its own, whatever the order of the steps.
+            settings ([`~trainers.recipe.StageSettings`], *optional*):
+                The step's own length and packed folder, if it has them.
         """
-        data = self.recipe.data
-        if data.packed:
-            return self._packed_rows(num_tokens, purpose)
+        data, settings = self.recipe.data, settings or StageSettings()
+        length, packed = settings.length or data.length, settings.packed or data.packed
+        if packed:
+            return self._packed_rows(num_tokens, purpose, packed, length)
         seed = int.from_bytes(hashlib.sha256(f"{purpose} {self.recipe.seed}".encode()).digest()[:4], "big")
         if data.sources:
-            sources = [source_from_settings(settings, seed, data.length) for settings in data.sources]
-            return packed_dataset(self.tokenizer, sources, data.length, num_tokens, seed, self.progress)
+            sources = [source_from_settings(source, seed, length) for source in data.sources]
+            return packed_dataset(self.tokenizer, sources, length, num_tokens, seed, self.progress)
         return mixture_rows(
             self.tokenizer,
             self._documents[0],
             data.probes,
             data.probe_share,
-            data.length,
+            length,
             num_tokens,
             seed,
             self.progress,
         )
 
-    def _packed_rows(self, num_tokens: int, purpose: str) -> Dataset:
+    def _packed_rows(self, num_tokens: int, purpose: str, packed: str, length: int) -> Dataset:
         """Rows of the packed folder: each step goes on where the one before ended, from the start again at the end."""
-        recipe, data = self.recipe, self.recipe.data
-        length = Manifest.load(data.packed).length
-        if length != data.length:
+        recipe, theirs = self.recipe, Manifest.load(packed).length
+        if length != theirs:
             raise ValueError(
-                f"data.length is {data.length}, but the rows of {data.packed} have {length} tokens. Write "
-                f"data.length: {length}."
+                f"{'data.' if purpose == 'calibration' else ''}length is {length}, but the rows of {packed} have "
+                f"{theirs} tokens. Write length: {theirs}, or pack rows of {length}."
             )
-        rows = load_packed(data.packed, self.tokenizer)
-        budgets = {"calibration": recipe.calibrate.tokens, **{name: s.tokens for name, s in recipe.stages()}}
-        before = itertools.takewhile(lambda item: item[0] != purpose, budgets.items())
-        start = sum(math.ceil(tokens / length) for _, tokens in before)
+        rows = load_packed(packed, self.tokenizer)
+        budgets = [("calibration", recipe.calibrate.tokens, recipe.data.packed)]
+        budgets += [(name, stage.tokens, stage.packed or recipe.data.packed) for name, stage in recipe.stages()]
+        before = itertools.takewhile(lambda budget: budget[0] != purpose, budgets)
+        start = sum(math.ceil(tokens / length) for _, tokens, folder in before if folder == packed)
         return rows.select([(start + i) % len(rows) for i in range(math.ceil(num_tokens / length))])
 
     def held_out_rows(self, num_tokens: int) -> Dataset:
@@ -276,4 +279,8 @@ class Remembered:
 
 def default_device() -> torch.device:
     """The accelerator of this machine (with several, and processes for them, this process's own), or its CPU."""
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

@@ -1,0 +1,79 @@
+"""Every shipped recipe is one, and a dry run tells what its stages cost from the teacher's configuration alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, Qwen2Config
+
+from trainers.cli import main
+from trainers.distill_config import RadDistillationConfig
+from trainers.estimates import check_data, estimate_stages, student_shapes
+from trainers.recipe import ROOT, Recipe
+
+
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+LLAMA = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+QWEN = Qwen2Config(
+    vocab_size=151936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_can_be_read(path, tmp_path):
+    recipe = Recipe.load(path)
+    for name, settings in recipe.stages():
+        if settings.tokens:
+            length = settings.length or recipe.data.length
+            at_once = settings.arguments.get("per_device_train_batch_size", 1)
+            assert settings.batch_tokens % (length * at_once) == 0, name
+            RadDistillationConfig(str(tmp_path), max_steps=10, **settings.arguments)
+
+
+@pytest.mark.parametrize("name, config, size", [("llama-3.2-1b", LLAMA, 1.24e9), ("qwen2.5-1.5b", QWEN, 1.54e9)])
+def test_a_dry_run_estimates_every_stage(tmp_path, name, config, size):
+    config.save_pretrained(tmp_path)
+    recipe = Recipe.load(ROOT / "recipes" / f"{name}.yaml")
+    student = student_shapes(recipe, config)
+    assert all(p.is_meta for p in student.parameters())
+    total = sum(p.numel() for p in student.parameters())
+    assert size < total < 1.4 * size
+    align, distill, long = estimate_stages(recipe, tmp_path, 4e14, torch.bfloat16)
+    assert (align.tokens, align.steps) == (104_857_600, 800)
+    assert align.trained < distill.trained < total
+    # Six operations for each trained weight and token, two for the teacher's; no stage gets by with less.
+    assert distill.flops > 8 * distill.trained * distill.tokens * 0.9
+    assert align.bytes < distill.bytes and long.seconds == pytest.approx(long.flops / 4e14)
+
+
+def test_a_dry_run_misses_data_that_is_gone(tmp_path, tiny_llama, tiny_tokenizer, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny_llama.save_pretrained("teacher")
+    tiny_tokenizer.save_pretrained("teacher")
+    recipe = {"teacher": "teacher", "select": {"heads": 3}, "align": {"tokens": 4096}, "data": {"text": "text.txt"}}
+    Path("recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["run", "--config", "recipe.yaml", "--dry-run"]) == 1
+    assert "There is no file or folder text.txt" in capsys.readouterr().err
+    Path("text.txt").write_text("house")
+    assert main(["run", "--config", "recipe.yaml", "--dry-run", "--format", "json"]) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [stage["stage"] for stage in planned["stages"]] == ["alignment"]
+    assert planned["stages"][0]["steps"] == 1 and planned["stages"][0]["bytes"] > 0
+    with pytest.raises(FileNotFoundError, match="nowhere holds no packed data"):
+        check_data(Recipe.from_dict({"teacher": "t", "data": {"packed": "nowhere"}}))
