@@ -93,6 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _add_steps(verbs)
     _add_pack(verbs)
+    _add_teach(verbs)
     _add_distill(verbs)
     _add_eval(verbs)
     _add_publish(verbs)
@@ -275,6 +276,22 @@ def _add_pack(verbs) -> None:
     )
     parser.add_argument("--probe", metavar=("FORMAT", "WEIGHT"), help="key-value probe: json, paper or lines", **pair)
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_teach(verbs) -> None:
+    parser = _verb(
+        verbs,
+        "teach",
+        "Store a teacher's likeliest next tokens beside packed rows, so that students train without the teacher.",
+        "smollm2 --packed packed --out taught --top-k 32",
+    )
+    _add_teacher(parser)
+    parser.add_argument("--packed", required=True, help="folder of `hf-rad pack`")
+    parser.add_argument("--out", required=True, help="folder to write; it appears once it is whole")
+    parser.add_argument("--top-k", type=int, default=32, help="tokens of each position (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows read at once (default: 8)")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: auto)")
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
 
 
 def _add_distill(verbs) -> None:

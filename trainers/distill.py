@@ -20,6 +20,7 @@ from trainers.actions import record_training
 from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
 from trainers.packing import Manifest, load_packed
+from trainers.teaching import load_taught
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
 
 
@@ -71,12 +72,14 @@ def main(arguments: list[str] | None = None) -> Path:
     parser = TrlParser((DistillArguments, RadDistillationConfig), prog="hf-rad distill")
     script_args, training_args = parser.parse_args_and_config(arguments)
     teacher = training_args.teacher_model_name_or_path
-    if teacher is None:
-        raise ValueError("There is no teacher: name it with --teacher_model_name_or_path.")
+    if teacher is None and training_args.teacher_logits is None:
+        raise ValueError("There is no teacher: name it with --teacher_model_name_or_path, or give --teacher_logits.")
     source, folder = script_args.model_name_or_path, Path(training_args.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows, probes = training_rows(script_args, training_args, tokenizer)
-    trainer = RadDistillationTrainer(source, resolve_teacher(teacher), training_args, rows, processing_class=tokenizer)
+    trainer = RadDistillationTrainer(
+        source, teacher and resolve_teacher(teacher), training_args, rows, processing_class=tokenizer
+    )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
     trainer.save_model()
@@ -93,7 +96,12 @@ def training_rows(
     """The rows that the arguments ask for, and the settings of the probes among them."""
     if script_args.packed is not None:
         manifest = Manifest.load(script_args.packed)
-        return load_packed(script_args.packed, tokenizer), manifest.probes
+        rows = load_packed(script_args.packed, tokenizer)
+        if training_args.teacher_logits is not None:
+            rows = load_taught(rows, manifest.digest, training_args.teacher_logits)
+        return rows, manifest.probes
+    if training_args.teacher_logits is not None:
+        raise ValueError("--teacher_logits belong to packed rows; name them with --packed.")
     probes = [{"name": "kv", "format": probe_format} for probe_format in script_args.probe_formats or []]
     rows = mixture_rows(
         tokenizer,

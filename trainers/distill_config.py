@@ -45,6 +45,9 @@ class RadDistillationConfig(SFTConfig):
             Hub id, folder or `.gguf` file of the teacher, when the trainer is not given one.
         teacher_model_revision (`str`, *optional*):
             Branch, tag or commit of the teacher's Hub repo.
+        teacher_logits (`str`, *optional*):
+            Folder of `hf-rad teach` with the teacher's likeliest tokens: the teacher is not loaded. For the
+            distillation stage with the forward KL at temperature 1.
         teacher_model_init_kwargs (`dict[str, Any]`, *optional*):
             Further arguments of [`~trainers.teachers.load_teacher`]. If `dtype` is not among them, it is bfloat16
             where `bf16` is on, float32 elsewhere.
@@ -132,6 +135,9 @@ class RadDistillationConfig(SFTConfig):
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of the teacher's Hub repo."}
     )
+    teacher_logits: str | None = field(
+        default=None, metadata={"help": "Folder of `hf-rad teach`, instead of a teacher."}
+    )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further arguments for loading the teacher."}
     )
@@ -190,5 +196,11 @@ class RadDistillationConfig(SFTConfig):
             )
         if self.kl_positions is not None and self.kl_positions < 1:
             raise ValueError(f"kl_positions is {self.kl_positions}; take at least 1, or leave it out to take all.")
+        asked = self.stage, self.beta, self.temperature, self.ce_weight
+        if self.teacher_logits and asked != ("distillation", 0.0, 1.0, 0.0):
+            raise ValueError(
+                f"teacher_logits is {self.teacher_logits}: stored tokens serve the distillation stage with beta 0, "
+                f"temperature 1 and ce_weight 0, not stage {self.stage!r} with {asked[1]}, {asked[2]} and {asked[3]}."
+            )
         if not 0 <= self.decay_ratio <= 1:
             raise ValueError(f"decay_ratio is {self.decay_ratio}; it is a share of the steps, between 0 and 1.")

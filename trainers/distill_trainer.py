@@ -35,11 +35,12 @@ from trl import SFTTrainer
 from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, attention_masks
 from trainers.distill_config import RadDistillationConfig
 from trainers.families import logits_scale
-from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions
-from trainers.packing import DocumentCollator
+from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions, stored_divergence
+from trainers.packing import TEACHER_COLUMNS, DocumentCollator
 from trainers.placement import place_teacher, shared_frozen_tensors, whole
 from trainers.precision import resolve_dtype
 from trainers.teachers import load_teacher, teacher_identity
+from trainers.teaching import Taught
 from trainers.trl_compat import redirect_forward
 
 
@@ -192,8 +193,8 @@ class RadDistillationTrainer(SFTTrainer):
         if isinstance(model, str):
             kwargs = {"dtype": torch.float32, **(args.model_init_kwargs or {})}
             model = RadHybridForCausalLM.from_pretrained(model, **kwargs)
-        teacher = self._load_teacher(teacher_model, args)
-        self._check_pair(model, teacher)
+        teacher = None if args.teacher_logits else self._load_teacher(teacher_model, args)
+        self._check_pair(model, teacher, args)
         collator = None
         if args.isolate_documents and not args.packing and "seq_lengths" in (train_dataset.column_names or []):
             # The rows are ready; preparing them would copy them all.
@@ -214,8 +215,9 @@ class RadDistillationTrainer(SFTTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
-        teacher.requires_grad_(False).eval()
-        self.teacher_model = place_teacher(self.accelerator, teacher)
+        self.teacher_model = None
+        if teacher is not None:
+            self.teacher_model = place_teacher(self.accelerator, teacher.requires_grad_(False).eval())
         # Sums since the last log: name -> [numerators, denominators], each a number or one value a layer.
         self._totals = {"train": {}, "eval": {}}
 
@@ -239,7 +241,15 @@ class RadDistillationTrainer(SFTTrainer):
         )[0]
 
     @staticmethod
-    def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    def _check_pair(student: PreTrainedModel, teacher: PreTrainedModel | None, args: RadDistillationConfig) -> None:
+        if teacher is None:
+            theirs = Taught.load(args.teacher_logits).vocab_size
+            if student.config.vocab_size != theirs:
+                raise ValueError(
+                    f"The student has vocab_size {student.config.vocab_size}, the teacher of {args.teacher_logits} "
+                    f"{theirs}. Teach with the student's own teacher."
+                )
+            return
         for field in ("vocab_size", "num_hidden_layers", "hidden_size"):
             ours, theirs = student.config.to_dict()[field], teacher.config.get_text_config().to_dict()[field]
             if ours != theirs:
@@ -266,8 +276,8 @@ class RadDistillationTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if isinstance(self.data_collator, DocumentCollator) and "completion_mask" not in self._signature_columns:
-            self._signature_columns.append("completion_mask")
+        if isinstance(self.data_collator, DocumentCollator):
+            self._signature_columns = [*self._signature_columns, "completion_mask", *TEACHER_COLUMNS]
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As the parent's, with the recurrent heads in groups of their own rate."""
@@ -309,6 +319,8 @@ class RadDistillationTrainer(SFTTrainer):
         mode = "train" if self.model.training else "eval"
         student = self.accelerator.unwrap_model(model)
         stage_loss = self._alignment_loss if self.args.stage == "alignment" else self._distillation_loss
+        if self.args.teacher_logits:
+            stage_loss = self._stored_loss
         # A position counts where the token after it counts, which is what transformers' count of items means too.
         counted = inputs["labels"][:, 1:] != -100  # [B, T - 1]
         total, measured = redirect_forward(model, student, stage_loss, student, inputs, counted)
@@ -324,7 +336,12 @@ class RadDistillationTrainer(SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As the parent's; meanwhile what student and teacher have in common is in memory once, where it is whole."""
-        if self.teacher_model is not self._teacher() or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if (
+            self.teacher_model is None
+            or self.teacher_model is not self._teacher()
+            or self.is_fsdp_enabled
+            or self.is_deepspeed_enabled
+        ):
             return super().train(*args, **kwargs)
         student = self._student_causal_lm(self.model)
         any_dtype = self.args.stage == "alignment" or self.args.bf16
@@ -404,6 +421,20 @@ class RadDistillationTrainer(SFTTrainer):
             measured["cross_entropy"] = torch.stack([ce, weights.sum()])
         return loss, measured
 
+    def _stored_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """As [`_distillation_loss`], from the teacher's stored tokens."""
+        student = self._student_causal_lm(student)
+        seeds = row_seeds(inputs["labels"], self.args.seed + self.state.global_step)
+        rows, columns, weights = sample_positions(counted, self.args.kl_positions, seeds)
+        ids, log_probs = (inputs[name][rows, columns] for name in TEACHER_COLUMNS)  # [N, k]
+        with self.accelerator.autocast():
+            body_inputs = _body_inputs(inputs)
+            hidden = student.model(**body_inputs, seq_idx=inputs.get("seq_idx"), use_cache=False).last_hidden_state
+            hidden = hidden[rows, columns] * logits_scale(student.config)  # [N, D]
+            head = whole(student.get_output_embeddings().weight)
+            loss = self.args.kd_weight * (kd := stored_divergence(hidden, head, ids, log_probs, weights))
+        return loss, {"kl": torch.stack([kd.detach(), weights.sum()])}
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         # Logits of a whole batch are never made, so only the loss can be asked for.
         return super().prediction_step(model, inputs, True, ignore_keys)
@@ -466,7 +497,8 @@ class RadDistillationTrainer(SFTTrainer):
         card = ModelCard.load(path)
         # TRL writes a placeholder under a misspelt key; the licence is the teacher's and not known here.
         card.data.pop("licence", None)
-        teacher = self._teacher().config._name_or_path
+        stored = self.args.teacher_logits
+        teacher = Taught.load(stored).teacher if stored else self._teacher().config._name_or_path
         # A folder is named by what it holds; a card must not tell where it lay.
         teacher = teacher_identity(teacher) if teacher and Path(teacher).exists() else teacher
         known = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)

@@ -13,6 +13,7 @@ Shape letters: B batch, T tokens, D model width, V vocabulary, N positions that 
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from trainers.trl_compat import tiled_divergence, tiled_log_probs
 
@@ -189,6 +190,43 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         hidden_grad, head_grad = ctx.saved_tensors
         head_grad = None if head_grad is None else (head_grad * grad_loss).to(ctx.head_dtype)
         return hidden_grad * grad_loss, head_grad, None, None, None, None, None, None
+
+
+def stored_divergence(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    teacher_ids: torch.Tensor,
+    teacher_log_probs: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    """
+    Forward KL(teacher || student) from a teacher's stored likeliest tokens; all others are one event, the tail.
+
+    The divergence of these k + 1 events is at most that of the whole distributions.
+
+    Args:
+        hidden (`torch.Tensor`): the student's last hidden states at the N positions, `[N, D]`.
+        head (`torch.Tensor`): weight of its head, `[V, D]`.
+        teacher_ids (`torch.Tensor`): likeliest tokens, `[N, k]`.
+        teacher_log_probs (`torch.Tensor`): their log-probabilities, `[N, k]`.
+        weights (`torch.Tensor`): weight of each position in the sum, `[N]`.
+
+    Returns:
+        `torch.Tensor`: the sum over positions.
+    """
+    parts = zip(*(t.split(POSITIONS_AT_ONCE) for t in (hidden, teacher_ids, teacher_log_probs, weights)), strict=True)
+    # Recomputed in the backward pass, so that logits exist for some positions at a time.
+    losses = [checkpoint(_stored_part, part[0], head, *part[1:], use_reentrant=False) for part in parts]
+    return torch.stack(losses).sum() if losses else hidden.sum() * 0
+
+
+def _stored_part(hidden, head, ids, log_probs, weights):
+    student = nn.functional.linear(hidden, head.to(hidden.dtype)).float().log_softmax(-1).gather(1, ids)  # [n, k]
+    teacher = log_probs.float()
+    listed = (teacher.exp() * (teacher - student)).sum(-1)
+    # float16 may round the listed probabilities to a sum above 1; the tail is then as good as empty.
+    theirs, ours = (1 - t.exp().sum(-1).clamp(max=1 - 1e-6) for t in (teacher, student))
+    return ((listed + theirs * (theirs.log() - ours.log())) * weights).sum()
 
 
 @torch.no_grad()

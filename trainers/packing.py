@@ -30,6 +30,8 @@ from trainers.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
+# What `trainers.teaching` stores of a teacher, beside the rows.
+TEACHER_COLUMNS = ("teacher_ids", "teacher_log_probs")
 TOKENS_PER_FILE = 2**23
 # The strongest level takes about as long as the tokenising; one page a file lets it see all of it.
 PARQUET = {"compression": "zstd", "compression_level": 19, "use_dictionary": False, "data_page_size": 2**28}
@@ -263,7 +265,8 @@ class DocumentCollator:
                 token counts.
 
         Returns:
-            `dict`: `input_ids`, `labels`, `position_ids` and `seq_idx`, each `[B, T]`.
+            `dict`: `input_ids`, `labels`, `position_ids` and `seq_idx`, each `[B, T]`; with stored teacher outputs
+            also these, `[B, T, k]`.
         """
         input_ids = torch.tensor([row["input_ids"] for row in rows])  # [B, T]
         lengths = [torch.tensor(row["seq_lengths"]) for row in rows]
@@ -273,9 +276,13 @@ class DocumentCollator:
         if "completion_mask" in rows[0]:
             counted = torch.tensor([row["completion_mask"] for row in rows])
             labels = labels.masked_fill(~counted, -100)
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": labels.masked_fill(position_ids == 0, -100),
             "position_ids": position_ids,
             "seq_idx": seq_idx.to(torch.int32),
         }
+        for name in TEACHER_COLUMNS:
+            if name in rows[0]:
+                batch[name] = torch.tensor([row[name] for row in rows]).unflatten(1, (input_ids.shape[1], -1))
+        return batch

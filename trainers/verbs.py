@@ -130,6 +130,19 @@ def pack(args: argparse.Namespace) -> None:
     _show(args, facts, "Sources", rows)
 
 
+def teach(args: argparse.Namespace) -> None:
+    """Stores a teacher's likeliest tokens."""
+    from trainers.precision import resolve_dtype
+    from trainers.teaching import teach as store
+    from trainers.workshop import default_device
+
+    workshop = _workshop(args)
+    teacher = workshop.teacher_in(resolve_dtype(args.dtype, default_device()))
+    options = {"top_k": args.top_k, "batch_size": args.batch_size, "progress": workshop.progress}
+    taught = store(args.out, args.packed, teacher, workshop.teacher_name, **options)
+    _show(args, {"taught": args.out, "top_k": taught.top_k, "files": taught.files})
+
+
 def distill(args: argparse.Namespace) -> None:
     """Trains one stage."""
     from trainers.distill import main
@@ -446,6 +459,7 @@ VERBS = {
     "select": select,
     "convert": convert,
     "pack": pack,
+    "teach": teach,
     "distill": distill,
     "eval": evaluate,
     "publish": publish,
