@@ -7,8 +7,9 @@ import pytest
 
 from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, WATCHED, cell_recipe
 from benchmarks.paper.data import DATA_RECIPE, draw_rows
+from benchmarks.paper.floor import Floor, Job
 from benchmarks.paper.report import card_text
-from benchmarks.paper.run import Floor, Job, best_rates, collect, plan, speed
+from benchmarks.paper.run import best_rates, collect, plan, speed
 from trainers.actions import suite
 from trainers.evaluation import coverage
 from trainers.head_scoring import HeadScores
@@ -141,3 +142,17 @@ def test_multiple_choice_at_chance_is_not_covered():
 @pytest.mark.skipif(not CARD.is_dir(), reason="the GPU run has not been committed yet")
 def test_card_of_the_trained_student_is_the_golden_one():
     assert card_text(CARD) == (CARD / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_job_that_wants_a_whole_gpu_gets_it_before_smaller_ones(tmp_path):
+    floor = Floor(tmp_path, gpus=2, trainings=2)
+    write = "import pathlib, os, time; time.sleep({}); pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    busy = job(tmp_path, "busy", write.format(0.2, str(tmp_path / "busy.done")), wants=0)
+    whole = job(tmp_path, "whole", write.format(0, str(tmp_path / "whole.done")), slots=2, wants=0)
+    small = [job(tmp_path, f"small-{i}", write.format(0.3, str(tmp_path / f"small-{i}.done"))) for i in range(4)]
+    for one in (busy, whole, *small):
+        floor.add("training", one)
+    ended = []
+    while floor.busy:
+        ended += [one.name for one in floor.turn()]
+    assert whole.done.read_text() == "0" and ended.index("whole") < ended.index("small-3")

@@ -4,11 +4,11 @@ Trains and measures every student of the paper's tables on the GPUs of one machi
     python -m benchmarks.paper.run --out runs/paper --seconds 900
     python -m benchmarks.paper.run --out runs/rehearsal --seconds 3000 --workers 1 --trial-tokens 8192 --rate 100
 
-1. The good student is converted and aligned; meanwhile another GPU measures the teacher.
+1. The good student is converted and aligned; meanwhile the teacher is measured and the first cells are aligned.
 2. Short trials of several learning rates from there; the best by [`best_rates`] goes to everyone (`rates.json`).
 3. Budgets from the speed of the trials and the time that is left ([`plan`], `plan.json`).
-4. The good student on the first GPU, the cells in their order on the others, and on the first once it is free.
-   Whatever is trained is measured at once, beside the training.
+4. The good student on the first GPU, the cells in their order on the others, two at a time (one alone waits for its
+   CPU), and on the first once it is free. Whatever is trained is measured at once, beside the training.
 
 Every step is a process of its own with a log in `logs/`; killed and started again, the same command goes on where it
 was. `status.json` says what runs. Results are small files: `--collect FILE` packs them into one archive.
@@ -16,155 +16,30 @@ was. `status.json` says what runs. Results are small files: `--collect FILE` pac
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 import tarfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from benchmarks.paper.cell import CELLS, GOOD, RECIPE, WATCHED
+from benchmarks.paper.floor import Floor, Job, say
 from trainers.actions import TRAINING
 from trainers.files import atomic_path, read_json, write_json
 
 
 # Rates of the recurrent heads and of the rest, from careful to bold.
-TRIALS = ((1e-4, 3e-5), (3e-4, 1e-4), (1e-3, 3e-4), (2e-3, 1e-3))
-# Tokens that a cell is aligned on, as a part of those that it is distilled on.
-ALIGN_SHARE = 0.08
+TRIALS = ((1e-4, 3e-5), (3e-4, 1e-4), (1e-3, 3e-4), (2e-3, 6e-4))
+# Tokens of a cell, as a part of the good student's.
 CELL_SHARE = 0.2
-# Seconds of a cell beside its distillation: start, conversion, calibration, alignment.
-CELL_OVERHEAD = 45
-# GPU seconds of one measurement beside a training.
-MEASURE_SECONDS = 30
-# Rows at once where the recipe's did not fit into memory.
-SMALL_BATCH = 8
+# What a cell and a measurement take of a GPU, in seconds, beside the tokens of distillation; most of their own time goes
+# by on the CPU, while other processes use the GPU.
+CELL_SECONDS, MEASURE_SECONDS = 15, 9
+# The good student has a GPU's slots for trainings to itself; two cells and one alignment fill them too.
+GOOD_SLOTS, CELL_SLOTS = 5, 2
 # Results that are worth more than their bytes: everything but weights and optimizer states.
 COLLECTED = (".json", ".jsonl", ".log", ".png", ".yaml")
-
-
-@dataclass
-class Job:
-    """
-    One process.
-
-    Args:
-        name (`str`):
-            Its name in logs and status.
-        command (`list[str]`):
-            Arguments of this Python.
-        done (`Path`):
-            The file that is there once the job is done.
-        waits_for (`Path`, *optional*):
-            A file that must be there before the job can start.
-        most_tries (`int`, *optional*, defaults to 2):
-            How often it is started before it counts as failed.
-    """
-
-    name: str
-    command: list[str]
-    done: Path
-    waits_for: Path | None = None
-    most_tries: int = 2
-    tries: int = 0
-    gpu: int | None = None
-    process: subprocess.Popen | None = field(default=None, repr=False)
-    started: float = 0.0
-
-    def start(self, gpu: int, logs: Path) -> None:
-        """Starts the process on one GPU, its output appended to its log."""
-        self.gpu, self.started, self.tries = gpu, time.monotonic(), self.tries + 1
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(gpu), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-        logs.mkdir(parents=True, exist_ok=True)
-        with open(logs / f"{self.name}.log", "ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *self.command], stdout=log, stderr=subprocess.STDOUT, env=environment
-            )
-
-
-class Floor:
-    """
-    Runs jobs on the GPUs: at most `trainings` and `measurements` at a time on each.
-
-    Args:
-        out (`Path`):
-            Folder of the run.
-        gpus (`int`):
-            GPUs, numbered from 0.
-        trainings (`int`, *optional*, defaults to 1), measurements (`int`, *optional*, defaults to 2):
-            Jobs of each kind on one GPU.
-    """
-
-    def __init__(self, out: Path, gpus: int, trainings: int = 1, measurements: int = 2):
-        self.out, self.gpus = out, gpus
-        self.most = {"training": trainings, "measurement": measurements}
-        self.waiting: dict[str, list[Job]] = {"training": [], "measurement": []}
-        self.running: dict[str, list[Job]] = {"training": [], "measurement": []}
-        self.failed: list[str] = []
-
-    def add(self, kind: str, job: Job) -> None:
-        """Queues a job, unless its outcome is there already."""
-        if not job.done.exists():
-            self.waiting[kind].append(job)
-
-    def turn(self) -> list[Job]:
-        """Takes in what has ended, starts what can start; returns the jobs that are done since the last turn."""
-        ended = []
-        for kind, jobs in self.running.items():
-            for job in [job for job in jobs if job.process.poll() is not None]:
-                jobs.remove(job)
-                took = time.monotonic() - job.started
-                say(f"{job.name} ended with code {job.process.returncode} after {took:.0f} s")
-                if job.done.exists():
-                    ended.append(job)
-                elif job.tries < job.most_tries:
-                    if kind == "training" and "--micro-batch" not in job.command:
-                        # What most likely stopped it is memory.
-                        job.command += ["--micro-batch", str(SMALL_BATCH)]
-                    self.waiting[kind].insert(0, job)
-                else:
-                    self.failed.append(job.name)
-                    say(tail(self.out / "logs" / f"{job.name}.log"))
-        for kind in self.waiting:
-            for job in list(self.waiting[kind]):
-                gpu = self._free(kind)
-                if gpu is not None and (job.waits_for is None or job.waits_for.exists()):
-                    self.waiting[kind].remove(job)
-                    job.start(gpu, self.out / "logs")
-                    self.running[kind].append(job)
-                    say(f"{job.name} started on GPU {gpu}")
-        return ended
-
-    def _free(self, kind: str) -> int | None:
-        loads = [[job.gpu for job in self.running[kind]].count(gpu) for gpu in range(self.gpus)]
-        free = [gpu for gpu in range(self.gpus) if loads[gpu] < self.most[kind]]
-        if not free:
-            return None
-        # The first GPU trains the good student: measurements go to the last one as long as it has room.
-        return free[-1] if kind == "measurement" else min(free, key=lambda gpu: loads[gpu])
-
-    @property
-    def busy(self) -> bool:
-        """Whether anything runs or waits."""
-        return any(self.running.values()) or any(self.waiting.values())
-
-    def stop(self) -> None:
-        """Ends what still runs; it goes on when started again."""
-        self.waiting = {kind: [] for kind in self.waiting}
-        for job in (job for jobs in self.running.values() for job in jobs):
-            job.process.terminate()
-
-
-def say(text: str) -> None:
-    print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
-
-
-def tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
 
 
 def last_watch(folder: Path) -> dict | None:
@@ -206,8 +81,8 @@ def plan(rate: float, gpus: int, seconds: float, step_tokens: int, cells: int = 
     """
     Divides the time that is left.
 
-    The good student and `cells` cells of a fifth of its tokens, each with its alignment, shall together fill the GPUs,
-    and the good student alone one of them at most.
+    The good student and `cells` cells of a fifth of its tokens shall together fill the GPUs, and the good student one of
+    them at most. One twelfth is left for what nobody foresaw.
 
     Args:
         rate (`float`):
@@ -225,11 +100,8 @@ def plan(rate: float, gpus: int, seconds: float, step_tokens: int, cells: int = 
         `dict`: `good` and `cell`, tokens of distillation of each.
     """
     cells = cells if gpus > 1 else (cells + 1) // 2
-    measurements = (cells + 10) * MEASURE_SECONDS / 2
-    free = gpus * seconds - cells * CELL_OVERHEAD - measurements
-    # Alignment runs no head and no MLP of the student: about half the cost of a token of distillation.
-    shares = 1 + CELL_SHARE * (1 + ALIGN_SHARE / 2) * cells
-    good = max(0.0, min(free / shares, 0.95 * seconds - 20)) * rate
+    free = 0.92 * gpus * seconds - cells * CELL_SECONDS - (cells + 11) * MEASURE_SECONDS
+    good = max(0.0, min(free / (1 + CELL_SHARE * cells), 0.9 * seconds - 30)) * rate
     steps = max(50, int(good / step_tokens))
     return {"good": steps * step_tokens, "cell": max(10, int(CELL_SHARE * steps)) * step_tokens}
 
@@ -247,7 +119,7 @@ class Run:
         self.args, self.out = args, Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.gpus = args.workers or max(1, torch.cuda.device_count())
-        self.floor = Floor(self.out, self.gpus, args.trainings)
+        self.floor = Floor(self.out, self.gpus, GOOD_SLOTS)
         self.until = time.monotonic() + args.seconds
 
     def cell(self, name: str, **options) -> list[str]:
@@ -270,13 +142,12 @@ class Run:
         ]
         return Job(f"measure-{name}", [*command, *options], self.out / done)
 
-    def walk(self, until: float) -> Iterator[Job]:
-        """Lets the jobs run until none is left or the time is up; yields each job that is done."""
-        while self.floor.busy and time.monotonic() < until:
-            ended = self.floor.turn()
-            if ended:
+    def walk(self) -> Iterator[None]:
+        """Lets the jobs run until none is left or the time is up; yields after every turn."""
+        while self.floor.busy and time.monotonic() < self.until:
+            if self.floor.turn():
                 self.write_status()
-            yield from ended
+            yield
             time.sleep(0.3)
 
     def write_status(self) -> None:
@@ -286,13 +157,18 @@ class Run:
         write_json(self.out / "status.json", states)
 
     def aligned(self) -> None:
-        """Converts and aligns the good student; meanwhile the teacher is measured."""
-        folder = self.out / GOOD.name
-        done = folder / "alignment" / TRAINING
-        self.floor.add("training", Job("good-start", self.cell(GOOD.name, align_tokens=self.args.align_tokens), done))
+        """Converts and aligns the good student; meanwhile the teacher is measured and the cells are aligned."""
+        done = self.out / GOOD.name / "alignment" / TRAINING
+        start = self.cell(GOOD.name, align_tokens=self.args.align_tokens)
+        self.floor.add("training", Job("good-start", start, done, slots=GOOD_SLOTS, wants=0))
         self.floor.add("measurement", self.measure("teacher", "teacher", "teacher.json"))
         self.floor.add("measurement", self.measure("teacher-curve", "teacher", "teacher-curve.json", "--curve"))
-        for _ in self.walk(self.until):
+        for cell in CELLS:
+            options = {"align_tokens": self.args.cell_align_tokens, "micro_batch": self.args.micro_batch}
+            start = self.cell(cell.name, **options)
+            aligned = self.out / cell.name / "alignment" / TRAINING
+            self.floor.add("training", Job(f"{cell.name}-start", start, aligned, wants=self.gpus - 1))
+        for _ in self.walk():
             if done.exists():
                 return
         if not done.exists():
@@ -302,28 +178,23 @@ class Run:
         """Tries learning rates, all trials at once."""
         path = self.out / "rates.json"
         if not path.exists():
-            most = self.floor.most["training"]
-            self.floor.most["training"] = -(-len(TRIALS) // self.gpus)
             folders = [self.out / "trials" / str(number) for number in range(len(TRIALS))]
-            for number, rates in enumerate(TRIALS):
+            for number, rates in reversed(list(enumerate(TRIALS))):
                 options = {"folder": f"trials/{number}", "distill_tokens": self.args.trial_tokens, "rates": rates}
                 options |= {"start": self.out / GOOD.name / "alignment", "watch": 1}
-                # Several share a GPU's memory.
-                options["micro_batch"] = self.args.trial_batch
-                job = Job(f"trial-{number}", self.cell(GOOD.name, **options), folders[number] / "cell.json")
-                job.most_tries = 1
-                self.floor.add("training", job)
-            for _ in self.walk(self.until):
-                if not self.floor.running["training"] and not self.floor.waiting["training"]:
+                options["micro_batch"] = self.args.micro_batch
+                command, done = self.cell(GOOD.name, **options), folders[number] / "cell.json"
+                job = Job(f"trial-{number}", command, done, most_tries=1, slots=CELL_SLOTS)
+                self.floor.add("training", job, first=True)
+            for _ in self.walk():
+                jobs = (*self.floor.running["training"], *self.floor.waiting["training"])
+                if not any(job.name.startswith("trial-") for job in jobs):
                     break
-            self.floor.most["training"] = most
             ended = [last_watch(folder) if (folder / "cell.json").exists() else None for folder in folders]
             rate = speed([line for line in ended if line]) / self.gpus
-            chosen = best_rates(list(zip(TRIALS, ended, strict=True)))
-            write_json(
-                path, {"rates": chosen, "trials": list(zip(TRIALS, ended, strict=True)), "tokens_a_second": rate}
-            )
-            say(f"rates {chosen}, {rate:,.0f} tokens a second on each GPU")
+            trials = list(zip(TRIALS, ended, strict=True))
+            write_json(path, {"rates": best_rates(trials), "trials": trials, "tokens_a_second": round(rate)})
+            say(f"rates {best_rates(trials)}, {rate:,.0f} tokens a second on each GPU")
         return tuple(read_json(path)["rates"])
 
     def budgets(self) -> dict[str, int]:
@@ -339,25 +210,21 @@ class Run:
 
     def tables(self, rates: tuple[float, float], budgets: dict[str, int]) -> None:
         """Trains the good student and the cells, and measures whatever is trained."""
-        good = self.out / GOOD.name
-        options = {"distill_tokens": budgets["good"], "rates": rates, "start": good / "alignment", "snapshots": True}
-        self.floor.add("training", Job("good", self.train(GOOD.name, 20, **options), good / "cell.json"))
-        for cell in CELLS:
-            align = int(ALIGN_SHARE * budgets["cell"] / self.args.step_tokens + 1) * self.args.step_tokens
-            options = {"align_tokens": align, "distill_tokens": budgets["cell"], "rates": rates}
-            done = self.out / cell.name / "cell.json"
-            self.floor.add("training", Job(cell.name, self.train(cell.name, 8, **options), done))
-        self.measure_good()
-        for name in [GOOD.name, *(cell.name for cell in CELLS)]:
+        for name, slots in reversed([(GOOD.name, GOOD_SLOTS), *((cell.name, CELL_SLOTS) for cell in CELLS)]):
+            folder, good = self.out / name, name == GOOD.name
+            options = {"distill_tokens": budgets["good" if good else "cell"], "rates": rates}
+            options |= {"start": folder / "alignment", "watch": 20 if good else 8}
+            options |= {"snapshots": True} if good else {"micro_batch": self.args.micro_batch}
+            command = self.cell(name, **options) + (["--compile"] if self.args.compile else [])
+            waits_for = folder / "alignment" / TRAINING
+            job = Job(name, command, folder / "cell.json", waits_for, slots=slots, wants=0 if good else None)
+            self.floor.add("training", job, first=True)
             self.floor.add("measurement", self.measure_cell(name))
-        for _ in self.walk(self.until):
+        for _ in self.walk():
             self.measure_good()
             if self.until - time.monotonic() < self.args.reserve:
                 self.give_up_late()
         self.write_status()
-
-    def train(self, name: str, watch: int, **options) -> list[str]:
-        return self.cell(name, watch=watch, **options) + (["--compile"] if self.args.compile else [])
 
     def measure_cell(self, name: str) -> Job:
         job = self.measure(name, str(self.out / name / "distillation"), f"{name}/measured.json")
@@ -412,14 +279,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=900, help="seconds from now until everything has ended")
     parser.add_argument("--reserve", type=float, default=75, help="seconds of them for the last measurements")
     parser.add_argument("--align-tokens", type=int, default=4_194_304, help="alignment of the good student")
+    parser.add_argument("--cell-align-tokens", type=int, default=1_572_864, help="alignment of each cell")
     parser.add_argument("--trial-tokens", type=int, default=2_621_440, help="tokens of each trial of a learning rate")
     parser.add_argument(
-        "--step-tokens", type=int, default=16_384, help="tokens of an optimizer step, as in the recipe"
+        "--step-tokens", type=int, default=32_768, help="tokens of an optimizer step, as in the recipe"
     )
-    parser.add_argument("--trial-batch", type=int, default=SMALL_BATCH, help="rows at once of a trial")
     parser.add_argument("--rate", type=float, help="tokens a second of one GPU, instead of the trials' speed")
     parser.add_argument("--workers", type=int, help="GPUs (default: all)")
-    parser.add_argument("--trainings", type=int, default=1, help="trainings at once on one GPU")
+    parser.add_argument("--micro-batch", type=int, default=16, help="rows at once where students share a GPU")
     parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--backend", default="auto", help="back end of the scan (auto, torch, triton)")
     parser.add_argument("--collect", metavar="FILE", help="only pack the small files of the run into this archive")
