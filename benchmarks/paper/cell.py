@@ -41,9 +41,9 @@ RECIPE = ROOT / "recipes" / "smollm2-gpu.yaml"
 SCORES = ROOT / "hub_cards" / "scores" / "HuggingFaceTB--SmolLM2-135M-Instruct.json"
 # What a student is asked while it trains: two trained formats and one that no training data holds.
 WATCHED = [
-    ProbeTask(KVRetrieval(format="json", pairs=20, queries=4), 48),
-    ProbeTask(KVRetrieval(format="json", pairs=20, queries=4, values="words"), 48),
-    ProbeTask(PhoneBook(pairs=10, queries=4), 48),
+    ProbeTask(KVRetrieval(format="json", pairs=20, queries=4), 32),
+    ProbeTask(KVRetrieval(format="json", pairs=20, queries=4, values="words"), 32),
+    ProbeTask(PhoneBook(pairs=10, queries=4), 32),
 ]
 WATCHED_TEXT_TOKENS = 16_384
 # Parts of a run at which the good student is kept, for the curves: the whole suite asks these afterwards.
@@ -212,8 +212,13 @@ def cell_recipe(
     rates: list[float],
     micro_batch: int | None = None,
 ) -> Recipe:
-    """The recipe of one cell: that of the good student with the cell's state size, budget and rates."""
-    at_once = {} if micro_batch is None else {"per_device_train_batch_size": micro_batch}
+    """
+    The recipe of one cell: that of the good student with the cell's state size, budget and rates. Cells are short and
+    share a GPU: they come in smaller batches (`micro_batch` rows at once) and write no checkpoints.
+    """
+    at_once = {}
+    if micro_batch is not None:
+        at_once = {"per_device_train_batch_size": micro_batch, "save_strategy": "no"}
     arguments = recipe.distill.arguments | at_once
     if rates:
         arguments |= {"mixer_learning_rate": rates[0], "learning_rate": rates[1]}

@@ -213,7 +213,7 @@ class Run:
         for name, slots in reversed([(GOOD.name, GOOD_SLOTS), *((cell.name, CELL_SLOTS) for cell in CELLS)]):
             folder, good = self.out / name, name == GOOD.name
             options = {"distill_tokens": budgets["good" if good else "cell"], "rates": rates}
-            options |= {"start": folder / "alignment", "watch": 20 if good else 8}
+            options |= {"start": folder / "alignment", "watch": 10 if good else 5}
             options |= {"snapshots": True} if good else {"micro_batch": self.args.micro_batch}
             command = self.cell(name, **options) + (["--compile"] if self.args.compile else [])
             waits_for = folder / "alignment" / TRAINING
@@ -222,7 +222,7 @@ class Run:
             self.floor.add("measurement", self.measure_cell(name))
         for _ in self.walk():
             self.measure_good()
-            if self.until - time.monotonic() < self.args.reserve:
+            if self.until - time.monotonic() < budgets["cell"] / budgets["rate"] + self.args.reserve:
                 self.give_up_late()
         self.write_status()
 
