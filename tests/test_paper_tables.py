@@ -1,15 +1,17 @@
 """The run behind the paper's tables: what is drawn, who gets which heads and how many tokens, and what is written."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import pytest
+from transformers import TrainerControl, TrainerState
 
-from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, WATCHED, cell_recipe
+from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, Clock, Deadline, cell_recipe
 from benchmarks.paper.data import DATA_RECIPE, draw_rows
 from benchmarks.paper.floor import Floor, Job
 from benchmarks.paper.report import card_text
-from benchmarks.paper.run import best_rates, collect, plan, speed
+from benchmarks.paper.run import collect
 from trainers.actions import suite
 from trainers.evaluation import coverage
 from trainers.head_scoring import HeadScores
@@ -35,12 +37,11 @@ def test_students_differ_in_one_thing_each():
         unknown.head_map(HeadScores.load(SCORES), 0)
 
 
-def test_recipe_of_a_cell_changes_budget_state_size_and_rates_alone():
+def test_recipe_of_a_cell_changes_budget_and_state_size_alone():
     recipe = Recipe.load(RECIPE)
-    changed = cell_recipe(recipe, BY_NAME["state-16"], 1024, 2048, [1e-3, 2e-4])
+    changed = cell_recipe(recipe, BY_NAME["state-16"], 1024, 2048, save_strategy="no")
     assert (changed.convert.state_size, changed.align.tokens, changed.distill.tokens) == (16, 1024, 2048)
-    assert changed.distill.arguments["mixer_learning_rate"] == 1e-3
-    assert changed.distill.arguments["learning_rate"] == 2e-4
+    assert changed.distill.arguments == recipe.distill.arguments | {"save_strategy": "no"}
     assert dataclasses.replace(changed, convert=recipe.convert, align=recipe.align, distill=recipe.distill) == recipe
 
 
@@ -53,33 +54,20 @@ def test_the_tables_hold_formats_that_no_training_data_contains():
     assert sum(asked.values()) >= 5 and not any(task.trained_on for task in tasks if not isinstance(task, ProbeTask))
 
 
-def watched(retrieval: float, loss: float) -> dict:
-    return {"text_loss": loss, "tokens": 1000, "train_seconds": 2.0, **{task.name: retrieval for task in WATCHED}}
-
-
-def test_rates_that_lose_retrieval_are_passed_over():
-    careful, middle, bold = (1e-4, 3e-5), (3e-4, 1e-4), (1e-3, 3e-4)
-    trials = [(careful, watched(0.9, 4.5)), (middle, watched(0.8, 4.0)), (bold, watched(0.2, 3.5))]
-    assert best_rates(trials) == middle
-    assert best_rates([(careful, None), (middle, None)]) == careful
-    assert best_rates([(careful, watched(0.0, 4.5)), (middle, watched(0.0, 4.0))]) == middle
-
-
-def test_speed_adds_up_over_trials():
-    assert speed([watched(1, 1), watched(1, 1)]) == 1000
-
-
-@pytest.mark.parametrize("gpus", [1, 2])
-def test_plan_fills_the_time_and_no_more(gpus):
-    budgets = plan(100_000, gpus, 800, 16_384)
-    cells = len(CELLS) if gpus > 1 else 4
-    assert budgets["good"] % 16_384 == 0 and 0.19 < budgets["cell"] / budgets["good"] <= 0.2
-    seconds = (budgets["good"] + cells * budgets["cell"]) / 100_000
-    assert 0.4 * gpus * 800 < seconds < gpus * 800 and budgets["good"] / 100_000 < 800
-
-
-def test_plan_of_no_time_at_all_is_still_a_plan():
-    assert plan(100_000, 1, -5, 1024) == {"good": 50 * 1024, "cell": 10 * 1024}
+def test_rates_fall_by_the_clock_and_end_the_run():
+    clock = Clock(until=time.time() + 100)
+    clock.start()
+    deadline = Deadline(clock, decay=0.25, least=0.1)
+    assert [deadline.factor(part) for part in (0.0, 0.75, 0.875, 0.99, 1.0)] == [1.0, 1.0, 0.5, 0.1, 0.1]
+    assert clock.progress(None) < 0.01
+    control = TrainerControl()
+    deadline.on_step_end(None, None, control)
+    assert not control.should_training_stop
+    clock.until = time.time() - 1
+    deadline.on_step_end(None, None, control)
+    assert control.should_training_stop
+    steps = TrainerState(global_step=5, max_steps=20)
+    assert Clock().progress(steps) == 0.25
 
 
 def job(path: Path, name: str, code: str, **options) -> Job:
@@ -146,7 +134,9 @@ def test_card_of_the_trained_student_is_the_golden_one():
 
 def test_a_job_that_wants_a_whole_gpu_gets_it_before_smaller_ones(tmp_path):
     floor = Floor(tmp_path, gpus=2, trainings=2)
-    write = "import pathlib, os, time; time.sleep({}); pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    write = (
+        "import pathlib, os, time; time.sleep({}); pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    )
     busy = job(tmp_path, "busy", write.format(0.2, str(tmp_path / "busy.done")), wants=0)
     whole = job(tmp_path, "whole", write.format(0, str(tmp_path / "whole.done")), slots=2, wants=0)
     small = [job(tmp_path, f"small-{i}", write.format(0.3, str(tmp_path / f"small-{i}.done"))) for i in range(4)]

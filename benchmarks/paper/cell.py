@@ -49,6 +49,8 @@ WATCHED_TEXT_TOKENS = 16_384
 # Parts of a run at which the good student is kept, for the curves: the whole suite asks these afterwards.
 SNAPSHOTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
 RETRIES = 2
+# Warmup of a run that ends by the clock, whose steps nobody knows beforehand.
+WARMUP_STEPS = 120
 
 
 class WentWrong(ValueError):
@@ -95,8 +97,8 @@ GOOD = Cell("good", "found-8", title="8 found heads")
 # At a fifth of the good student's tokens each, as many as fit, in this order.
 CELLS = (
     Cell("none", "none", title="0 heads"),
-    Cell("random-8", "random-8", title="8 random heads"),
     Cell("found-8", "found-8", title="8 found heads"),
+    Cell("random-8", "random-8", title="8 random heads"),
     Cell("layers-4", "layers-4", title="every 4th layer"),
     Cell("found-5", "found-5", title="5 found heads"),
     Cell("found-16", "found-16", title="16 found heads"),
@@ -104,6 +106,59 @@ CELLS = (
     Cell("state-16", "found-8", 16, title="8 found heads, d_state 16"),
 )
 BY_NAME = {cell.name: cell for cell in (GOOD, *CELLS)}
+
+
+@dataclass
+class Clock:
+    """
+    How far a run is, from 0 to 1: by its steps, or, with `until`, by the time from its start to that second.
+
+    Args:
+        until (`float`, *optional*):
+            Second (as `time.time()` counts) at which the run ends, however many steps it has taken by then.
+    """
+
+    until: float | None = None
+    began: float = 0.0
+
+    def start(self) -> None:
+        self.began = time.time()
+
+    def progress(self, state) -> float:
+        if self.until is None:
+            return state.global_step / state.max_steps
+        return min(1.0, (time.time() - self.began) / max(1e-9, self.until - self.began))
+
+
+class Deadline(TrainerCallback):
+    """
+    Ends a run at a given second, its rates brought down before: a warmup-stable-decay schedule by the clock, for a
+    machine that is lent by the minute. The schedule of the trainer is to be `constant_with_warmup`.
+
+    Args:
+        clock ([`Clock`]):
+            Of the run, with `until`.
+        decay (`float`, *optional*, defaults to 0.3):
+            Part of the time in which the rates fall, in a straight line.
+        least (`float`, *optional*, defaults to 0.02):
+            What they fall to, as a part of themselves.
+    """
+
+    def __init__(self, clock: Clock, decay: float = 0.3, least: float = 0.02):
+        self.clock, self.decay, self.least = clock, decay, least
+
+    def factor(self, progress: float) -> float:
+        """What the rates are multiplied by."""
+        return max(self.least, min(1.0, (1 - progress) / self.decay))
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        # The trainer's scheduler has just written the rates anew.
+        for group in optimizer.param_groups:
+            group["lr"] *= self.factor(self.clock.progress(state))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.clock.progress(state) >= 1:
+            control.should_training_stop = True
 
 
 class Watch(TrainerCallback):
@@ -117,15 +172,18 @@ class Watch(TrainerCallback):
             Where `watch.jsonl` and `snapshots/` go.
         source (`Path`):
             Folder of the student that the run begins with.
+        clock ([`Clock`]):
+            Of the run.
         times (`int`):
             Measurements in a run, evenly spaced, beside the one before the first step.
         snapshots (`tuple[float, ...]`, *optional*):
             Parts of the run after which the student is kept.
     """
 
-    def __init__(self, workshop: Workshop, folder: Path, source: Path, times: int, snapshots: tuple[float, ...] = ()):
-        self.workshop, self.folder, self.source = workshop, folder, source
-        self.times, self.snapshots = times, snapshots
+    def __init__(self, workshop, folder: Path, source: Path, clock: Clock, times: int, snapshots: tuple = ()):
+        self.workshop, self.folder, self.source, self.clock = workshop, folder, source, clock
+        self.at = [(number + 1) / times for number in range(times - 1)]
+        self.snapshots = list(snapshots)
         rows = workshop.held_out_rows(WATCHED_TEXT_TOKENS)["input_ids"][:]
         self.text = list(torch.tensor(rows).split(8))
         self.before: dict | None = None
@@ -139,19 +197,26 @@ class Watch(TrainerCallback):
         self.watched.generation_config = model.generation_config
         # Time is counted from here, less what watching itself takes.
         self.start, self.start_step = time.monotonic(), state.global_step
+        self.clock.start()
         if state.global_step == 0:
             self._measure(model, args, state)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        every = max(1, state.max_steps // self.times)
-        if state.global_step % every == 0 or state.global_step == state.max_steps:
+        progress = self.clock.progress(state)
+        if self.at and progress >= self.at[0]:
+            first = self.before is not None and len(self.at) > 1 and self.at[0] <= 0.25
+            self.at = [part for part in self.at if part > progress]
             line = self._measure(model, args, state)
-            # Once, when warmup is over; a trial of a few steps is judged by its end alone.
-            if not self.checked and self.times >= 5 and state.global_step >= 0.1 * state.max_steps:
+            # Once, after warmup.
+            if first and not self.checked:
                 self.checked = True
                 self._check(line)
-        if state.global_step in [max(1, round(part * state.max_steps)) for part in self.snapshots]:
+        if self.snapshots and progress >= self.snapshots[0]:
+            self.snapshots = [part for part in self.snapshots if part > progress]
             self._keep(model, args, state)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self._measure(model, args, state)
 
     def _measure(self, model: RadHybridForCausalLM, args, state) -> dict:
         began = time.monotonic()
@@ -190,55 +255,20 @@ class Watch(TrainerCallback):
         write_json(folder / actions.TRAINING, training)
 
 
-class Compile(TrainerCallback):
-    """Compiles the layers of teacher and student before the first step of distillation."""
-
-    def __init__(self, workshop: Workshop):
-        self.workshop = workshop
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # Layers that keep different heads are different graphs.
-        torch._dynamo.config.cache_size_limit = 64
-        teacher = self.workshop.teacher_in(resolve_dtype("auto", default_device()))
-        for layer in (*teacher.model.layers, *model.model.layers):
-            layer.compile()
-
-
-def cell_recipe(
-    recipe: Recipe,
-    cell: Cell,
-    align_tokens: int,
-    distill_tokens: int,
-    rates: list[float],
-    micro_batch: int | None = None,
-) -> Recipe:
-    """
-    The recipe of one cell: that of the good student with the cell's state size, budget and rates. Cells are short and
-    share a GPU: they come in smaller batches (`micro_batch` rows at once) and write no checkpoints.
-    """
-    at_once = {}
-    if micro_batch is not None:
-        at_once = {"per_device_train_batch_size": micro_batch, "save_strategy": "no"}
-    arguments = recipe.distill.arguments | at_once
-    if rates:
-        arguments |= {"mixer_learning_rate": rates[0], "learning_rate": rates[1]}
+def cell_recipe(recipe: Recipe, cell: Cell, align_tokens: int, distill_tokens: int, **arguments) -> Recipe:
+    """The recipe of one cell: that of the good student with the cell's state size, its budget and what else is given."""
     return dataclasses.replace(
         recipe,
         convert=dataclasses.replace(recipe.convert, state_size=cell.state_size),
-        align=dataclasses.replace(recipe.align, tokens=align_tokens, arguments=recipe.align.arguments | at_once),
-        distill=dataclasses.replace(recipe.distill, tokens=distill_tokens, arguments=arguments),
+        align=dataclasses.replace(recipe.align, tokens=align_tokens),
+        distill=dataclasses.replace(
+            recipe.distill, tokens=distill_tokens, arguments=recipe.distill.arguments | arguments
+        ),
     )
 
 
 def make_cell(
-    cell: Cell,
-    recipe: Recipe,
-    folder: Path,
-    start: Path | None = None,
-    snapshots: tuple[float, ...] = (),
-    watch: int = 10,
-    compiled: bool = False,
-    backend: str = "auto",
+    cell: Cell, recipe: Recipe, folder: Path, watch: int = 10, until: float | None = None, backend: str = "auto"
 ) -> None:
     """
     Walks one cell, or what is left of it.
@@ -247,72 +277,51 @@ def make_cell(
         cell ([`Cell`]):
             Which student.
         recipe ([`~trainers.recipe.Recipe`]):
-            Its recipe, see [`cell_recipe`].
+            Its recipe, see [`cell_recipe`]. Without tokens of distillation the cell ends aligned.
         folder (`Path`):
             Folder of the cell: `head_map.json`, `student/`, `alignment/`, `distillation/`, `watch.jsonl`, `cell.json`.
-        start (`Path`, *optional*):
-            Folder of an aligned student to start from, instead of converting and aligning one.
-        snapshots (`tuple[float, ...]`, *optional*):
-            Parts of the distillation after which the student is kept.
         watch (`int`, *optional*, defaults to 10):
             Measurements during distillation.
-        compiled (`bool`, *optional*, defaults to `False`):
-            Whether the layers of teacher and student are compiled for distillation.
+        until (`float`, *optional*):
+            Second at which distillation ends; the recipe's tokens are then the most it can see. Snapshots are kept.
         backend (`str`, *optional*, defaults to `"auto"`):
             Back end of the scan, as in [`RadHybridConfig`].
     """
     folder.mkdir(parents=True, exist_ok=True)
     workshop, began = Workshop(recipe, progress=False), time.monotonic()
-    seconds = {}
-    if start is None:
-        if not (folder / "student").exists():
-            cell.head_map(HeadScores.load(SCORES), recipe.seed).save(folder / "head_map.json")
-            actions.convert_student(workshop, folder / "head_map.json", folder / "student", SCORES)
-            config = folder / "student" / "config.json"
-            write_json(config, read_json(config) | {"ssm_backend": backend})
-            seconds["convert"] = time.monotonic() - began
-        start = folder / "student"
-        if recipe.align.tokens:
-            if not (folder / "alignment" / actions.TRAINING).exists():
-                began = time.monotonic()
-                actions.train(workshop, start, folder / "alignment", "alignment", recipe.align, resume=True)
-                seconds["alignment"] = time.monotonic() - began
-            start = folder / "alignment"
+    if not (folder / "student").exists():
+        cell.head_map(HeadScores.load(SCORES), recipe.seed).save(folder / "head_map.json")
+        actions.convert_student(workshop, folder / "head_map.json", folder / "student", SCORES)
+        config = folder / "student" / "config.json"
+        write_json(config, read_json(config) | {"ssm_backend": backend})
+    if not (folder / "alignment" / actions.TRAINING).exists():
+        actions.train(workshop, folder / "student", folder / "alignment", "alignment", recipe.align, resume=True)
     if not recipe.distill.tokens or (folder / "cell.json").exists():
         return
     rates = [recipe.distill.arguments["mixer_learning_rate"], recipe.distill.arguments["learning_rate"]]
     if not (folder / "distillation" / actions.TRAINING).exists():
-        began = time.monotonic()
         # Packed rows are read on from where the stage before ended; all students shall read the same ones here.
         workshop.recipe = dataclasses.replace(recipe, align=dataclasses.replace(recipe.align, tokens=0))
-        rates = distill(workshop, start, folder, snapshots, watch, compiled)
-        seconds["distillation"] = time.monotonic() - began
-    budget = {"align_tokens": recipe.align.tokens, "distill_tokens": recipe.distill.tokens, "rates": rates}
-    timing = {"seconds": {name: round(value, 1) for name, value in seconds.items()}, "hardware": hardware()}
-    write_json(folder / "cell.json", {**dataclasses.asdict(cell), **budget, **timing})
+        rates = distill(workshop, folder, watch, until)
+    record = {**dataclasses.asdict(cell), "rates": rates, "hardware": hardware()}
+    write_json(folder / "cell.json", record | {"seconds": round(time.monotonic() - began, 1)})
 
 
-def distill(
-    workshop: Workshop, start: Path, folder: Path, snapshots: tuple[float, ...], watch: int, compiled: bool
-) -> list[float]:
+def distill(workshop: Workshop, folder: Path, watch: int, until: float | None) -> list[float]:
     """Distils, at lower rates where the first ones go wrong; returns the rates of mixers and of the rest."""
-    settings = workshop.recipe.distill
+    settings, source = workshop.recipe.distill, folder / "alignment"
     rates = [settings.arguments["mixer_learning_rate"], settings.arguments["learning_rate"]]
     for attempt in range(RETRIES + 1):
         arguments = settings.arguments | {"mixer_learning_rate": rates[0], "learning_rate": rates[1]}
-        callbacks = [Watch(workshop, folder, start, watch, snapshots)]
-        if compiled:
-            callbacks.append(Compile(workshop))
+        clock = Clock(until)
+        callbacks = [Watch(workshop, folder, source, clock, watch, SNAPSHOTS if until else ())]
+        if until:
+            arguments |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": WARMUP_STEPS}
+            arguments |= {"lr_scheduler_kwargs": {}}
+            callbacks.append(Deadline(clock))
+        stage = dataclasses.replace(settings, arguments=arguments)
         try:
-            actions.train(
-                workshop,
-                start,
-                folder / "distillation",
-                "distillation",
-                dataclasses.replace(settings, arguments=arguments),
-                resume=True,
-                callbacks=callbacks,
-            )
+            actions.train(workshop, source, folder / "distillation", "distillation", stage, True, callbacks)
             return rates
         except (WentWrong, NonFiniteError) as error:
             print(f"{error} Rates were {rates}.", file=sys.stderr, flush=True)
@@ -328,31 +337,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper.cell", description=__doc__.split("\n")[1])
     parser.add_argument("cell", choices=BY_NAME)
     parser.add_argument("--recipe", default=str(RECIPE))
-    parser.add_argument("--out", required=True, help="folder of the whole")
-    parser.add_argument("--folder", help="folder of this cell in it (default: the cell's name)")
-    parser.add_argument("--align-tokens", type=int, default=0)
+    parser.add_argument("--out", required=True, help="folder of the whole; the cell's is in it, by its name")
+    parser.add_argument("--align-tokens", type=int, required=True)
     parser.add_argument("--distill-tokens", type=int, default=0)
-    parser.add_argument("--rates", type=float, nargs=2, metavar=("MIXERS", "REST"), default=[])
-    parser.add_argument("--micro-batch", type=int, help="rows at once, where the recipe's do not fit into memory")
-    parser.add_argument("--start", help="an aligned student to start from")
-    parser.add_argument("--snapshots", action="store_true", help="keep the student at some points of the run")
+    parser.add_argument("--until", type=float, help="second since 1970 at which distillation ends")
     parser.add_argument("--watch", type=int, default=10, help="measurements during the run")
-    parser.add_argument("--compile", action="store_true", help="compile the layers for distillation")
     parser.add_argument("--backend", default="auto", help="back end of the scan")
+    parser.add_argument("--no-checkpoints", action="store_true", help="for runs that are shorter than a few of these")
     args = parser.parse_args(arguments)
-    cell = BY_NAME[args.cell]
-    make_cell(
-        cell,
-        cell_recipe(
-            Recipe.load(args.recipe), cell, args.align_tokens, args.distill_tokens, args.rates, args.micro_batch
-        ),
-        Path(args.out) / (args.folder or cell.name),
-        args.start and Path(args.start),
-        SNAPSHOTS if args.snapshots else (),
-        args.watch,
-        args.compile,
-        args.backend,
-    )
+    cell, options = BY_NAME[args.cell], {"save_strategy": "no"} if args.no_checkpoints else {}
+    recipe = cell_recipe(Recipe.load(args.recipe), cell, args.align_tokens, args.distill_tokens, **options)
+    make_cell(cell, recipe, Path(args.out) / cell.name, args.watch, args.until, args.backend)
 
 
 if __name__ == "__main__":

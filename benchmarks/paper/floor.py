@@ -11,10 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-# Rows at once where the recipe's did not fit into memory.
-SMALL_BATCH = 8
-
-
 @dataclass
 class Job:
     """
@@ -97,9 +93,6 @@ class Floor:
                 if job.done.exists():
                     ended.append(job)
                 elif job.tries < job.most_tries:
-                    if kind == "training" and "--micro-batch" not in job.command:
-                        # What most likely stopped it is memory.
-                        job.command += ["--micro-batch", str(SMALL_BATCH)]
                     self.waiting[kind].insert(0, job)
                 else:
                     self.failed.append(job.name)
@@ -130,8 +123,8 @@ class Floor:
         ]
         if not free:
             return None
-        # The first GPU trains the good student: measurements go to the last one as long as it has room.
-        return free[-1] if kind == "measurement" else min(free, key=lambda gpu: taken[gpu])
+        # The first GPU trains the good student: the others are filled before it.
+        return free[-1]
 
     @property
     def busy(self) -> bool:
