@@ -23,7 +23,7 @@ from trainers.workshop import ROOT
 
 
 SETS = (
-    "squad_v1.1_dev factbook_kv arc_easy arc_challenge hellaswag_val piqa_val openbookqa_test boolq_val winogrande_val"
+    "squad_v1.1_dev factbook_kv arc_easy arc_challenge hellaswag_val piqa_val openbookqa_test winogrande_val"
 ).split()
 DATA_RECIPE = ROOT / "recipes" / "smollm2-gpu-data.yaml"
 # Longer prompts than this would not fit into the rows that students are trained on.
