@@ -26,8 +26,10 @@ from trainers.actions import TRAINING
 from trainers.files import atomic_path, read_json, write_json
 
 
-# Slots of a GPU, and what the good student, a cell and an alignment take of them.
+# Slots of a GPU, and what the good student and a cell take of them; an alignment takes one.
 SLOTS, GOOD_SLOTS, CELL_SLOTS = 5, 3, 2
+# Cells that are aligned at once in the beginning; the others follow when so many train.
+FIRST_WAVE = 4
 # Results that are worth more than their bytes: everything but weights and optimizer states.
 COLLECTED = (".json", ".jsonl", ".log", ".png", ".yaml")
 
@@ -45,7 +47,8 @@ class Run:
         self.args, self.out = args, Path(args.out)
         self.out.mkdir(parents=True, exist_ok=True)
         self.gpus = args.workers or max(1, torch.cuda.device_count())
-        self.floor = Floor(self.out, self.gpus, SLOTS)
+        # A lone GPU has room for the good student, a cell and an alignment.
+        self.floor = Floor(self.out, self.gpus, SLOTS if self.gpus > 1 else SLOTS + 1)
         plan = self.out / "plan.json"
         if not plan.exists():
             began = time.time()
@@ -80,11 +83,15 @@ class Run:
             options = ("--watch", "5", "--no-checkpoints")
             command = self.cell(cell.name, args.cell_align_tokens, args.cell_tokens, *options)
             self.floor.add("training", Job(cell.name, command, self.file(cell.name), aligned, slots=CELL_SLOTS))
-        for cell in CELLS:
+        for number, cell in enumerate(CELLS):
             # Conversion and alignment wait for their CPU most of the time: one of them fits beside two cells.
             aligned = self.out / cell.name / "alignment" / TRAINING
             command = self.cell(cell.name, args.cell_align_tokens, 0)
-            self.floor.add("training", Job(f"{cell.name}-start", command, aligned, wants=self.gpus - 1))
+            job = Job(f"{cell.name}-start", command, aligned, wants=self.gpus - 1)
+            if number >= FIRST_WAVE:
+                # By then the cells before have taken their places.
+                job.waits_for = self.out / CELLS[0 if self.gpus == 1 else FIRST_WAVE - 2].name / "watch.jsonl"
+            self.floor.add("training", job)
         for cell in (GOOD, *CELLS):
             job = self.measure(cell.name, str(self.out / cell.name / "distillation"), f"{cell.name}/measured.json")
             job.waits_for = self.file(cell.name)
