@@ -106,7 +106,8 @@ def _ssd_chunks(x, B, C, log_a, state, idx, previous_idx):
     )  # [B, C, H, Q, Q]
     y = ((C @ B.transpose(-1, -2)) * decays).to(x.dtype) @ x  # [B, C, H, Q, P]
     # What each chunk alone leaves in the state at its end.
-    to_end = (decay_to[..., -1:] - decay_to).exp()[..., None] * kept_to_end  # [B, C, H, Q, 1]
+    # Never above 0 within a document; from another one it would grow beyond any number, and infinity times 0 is no 0.
+    to_end = (decay_to[..., -1:] - decay_to).clamp(max=0).exp()[..., None] * kept_to_end  # [B, C, H, Q, 1]
     local = (x.transpose(-1, -2) @ (B * to_end).to(x.dtype)).float()  # [B, C, H, P, N]
     # States at chunk starts: a lower triangular product over chunks, in float32 even under autocast.
     passing = _segment_sums(

@@ -117,7 +117,8 @@ def chunk_state_kernel(
         weights = tl.exp2(to_token) * carried
         slot = chunk
     else:
-        weights = tl.exp2(total - to_token) * kept
+        # Never above 0 within a document; from another one it could overflow, and infinity times 0 is no 0.
+        weights = tl.exp2(tl.minimum(total - to_token, 0.0)) * kept
         slot = chunk + 1
         tl.store(decays + (batch * heads + head) * chunks + chunk, tl.exp2(total) * through)
     weighted = (vectors * weights[:, None]).to(inputs.dtype)
@@ -255,7 +256,7 @@ def chunk_gradient_kernel(
         mask = mask & (document[:, None] == document[None, :])
     decay = tl.where(mask, tl.exp2(to_token[None, :] - to_token[:, None]), 0.0)
     dscores = tl.dot(inputs, tl.trans(grads), input_precision=PRECISION) * decay
-    to_end = (tl.exp2(total - to_token) * kept)[:, None]
+    to_end = (tl.exp2(tl.minimum(total - to_token, 0.0)) * kept)[:, None]
     din = tl.dot(inputs.to(tl.float32), dstate, input_precision=PRECISION) * to_end  # [Q, N]
     da_to_state = tl.sum(din * ins, 1)
     din += tl.dot(dscores.to(inputs.dtype), outs, input_precision=PRECISION)

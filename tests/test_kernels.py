@@ -67,6 +67,20 @@ def test_scan_and_gradients_equal_the_recurrence(monkeypatch, shift, spread, seq
 
 
 @needs_triton
+def test_fast_decays_before_a_late_document_stay_finite(monkeypatch):
+    monkeypatch.setattr(ssd_triton, "CHUNK", 16)
+    torch.manual_seed(0)
+    x, B, C = torch.randn(1, 16, 1, 4), torch.randn(1, 16, 1, 2), torch.randn(1, 16, 1, 2)
+    # From the first document's end to the chunk's end the decays differ by e^140.
+    log_a = torch.full((1, 16, 1), -10.0)
+    tensors, seq_idx = [x, log_a, B, C, torch.zeros(1, 1, 4, 2)], torch.tensor([[0] * 15 + [1]])
+    ours = scan_and_gradients(ssd_triton.ssd_triton, tensors, seq_idx)
+    exact = scan_and_gradients(ssd_sequential, [t.double() for t in tensors], seq_idx)
+    for one, other in zip(ours, exact, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+
+
+@needs_triton
 def test_a_step_in_one_kernel_equals_the_step_in_pytorch(monkeypatch):
     torch.manual_seed(0)
     config = RadHybridConfig(

@@ -83,6 +83,17 @@ def test_documents_do_not_touch_each_other():
     assert not torch.equal(changed[:, :41], y[:, :41])
 
 
+def test_fast_decays_before_a_late_document_stay_finite():
+    x, _, B, C = inputs(32, 8)[:4]
+    # From the first document's end to the chunk's end the decays differ by e^240, more than a float32 can hold.
+    log_a = torch.full(x.shape[:3], -8.0, requires_grad=True)
+    seq_idx = torch.tensor([0] * 31 + [1]).expand(2, -1)
+    y, state = ssd(x, log_a, B, C, seq_idx=seq_idx)
+    torch.testing.assert_close((y, state), ssd_sequential(x, log_a, B, C, seq_idx=seq_idx))
+    (y.sum() + state.sum()).backward()
+    assert log_a.grad.isfinite().all()
+
+
 def test_state_stays_float32_under_bfloat16():
     x, log_a, B, C, state = inputs(40, 8)
     y, last = ssd(x.bfloat16(), log_a, B.bfloat16(), C.bfloat16(), state)
