@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .mixer_triton import convolve, gate
 from .rollback_cache import Fed, RollbackLayer
 from .ssd import ssd, ssd_step
 from .ssd_triton import decode_step, kernels_fit
@@ -24,14 +25,19 @@ class CausalConv1d(nn.Conv1d):
     Causal depthwise convolution, without bias.
 
     A sum of K shifted products: on short kernels it is as quick as a convolution call, keeps the layout and lets a
-    document's start mask single taps. A module of its own, because weights may be elsewhere until they are called for.
+    document's start mask single taps; on a GPU it is one kernel. A module of its own, because weights may be elsewhere
+    until they are called for.
     """
 
     def __init__(self, channels: int, width: int):
         super().__init__(channels, channels, width, groups=channels, bias=False)
 
-    def forward(self, xBC, window=None, seq_idx=None) -> torch.Tensor:
+    def forward(self, xBC, window=None, seq_idx=None, by_kernel: bool = False) -> torch.Tensor:
         """Of `[B, T, channels]`, with the window `[B, channels, K]` of earlier tokens before it."""
+        learns_from_window = window is not None and torch.is_grad_enabled() and xBC.requires_grad
+        if by_kernel and not learns_from_window:
+            documents = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+            return convolve(xBC, self.weight, window, documents)
         kernel = self.weight[:, 0].to(xBC.dtype)  # [channels, K]
         width, tokens = kernel.shape[1], xBC.shape[1]
         past = width - 1
@@ -112,7 +118,7 @@ class DiscreteMamba2(nn.Module):
             # Padding neither enters nor decays the state, on whichever side it stands.
             xBC, log_a = xBC * real, log_a * real
         window, state = self.read_states(cache)
-        convolved = self.conv1d(xBC, window, seq_idx)
+        convolved = self.conv1d(xBC, window, seq_idx, self.has_kernels(xBC))
         if recurrent_mask is not None:
             convolved = convolved * real
         x, B, C = (
@@ -127,19 +133,24 @@ class DiscreteMamba2(nn.Module):
         if cache is not None:
             fed = Fed(xBC, recurrent_mask, x, log_a, B, self.conv_kernel, self.chunk_size, self.backend)
             self.write_states(cache, fed, window, state)
+        if self.has_kernels(projected):
+            return gate(y, convolved[..., : self.sections[0]], z, self.D)
         y = y + self.D[:, None].to(y.dtype) * x
         return y.flatten(2) * nn.functional.silu(z)  # [B, T, H P]
+
+    def has_kernels(self, projected: torch.Tensor) -> bool:
+        """Whether Triton kernels may take what is around the scan, too."""
+        return self.backend in ("auto", "triton") and kernels_fit(projected, self.head_dim, self.state_size)
 
     def steps_in_place(self, projected: torch.Tensor, cache) -> bool:
         """Whether this is one token of decoding that a single kernel can take, window and state in place."""
         if projected.shape[1] > 1 or cache is None or not cache.has_previous_state(self.layer_idx):
             return False
-        # A cache that must be able to take tokens back keeps more than a window.
-        wanted = self.backend in ("auto", "triton") and not cache.layers[self.layer_idx].record_past
-        # Weights that are offloaded are fetched for the module's own call only.
-        wanted = wanted and self.conv1d.weight.device == projected.device
-        frozen = not (torch.is_grad_enabled() and projected.requires_grad)
-        return wanted and frozen and kernels_fit(projected, self.head_dim, self.state_size)
+        # A cache that must be able to take tokens back keeps more than a window, and weights that are offloaded are
+        # fetched for the module's own call only.
+        if cache.layers[self.layer_idx].record_past or self.conv1d.weight.device != projected.device:
+            return False
+        return self.has_kernels(projected) and not (torch.is_grad_enabled() and projected.requires_grad)
 
     def read_states(self, cache) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """The cached window `[B, channels, K]` and state `[B, H, P, N]`, or `None`s before the first token."""

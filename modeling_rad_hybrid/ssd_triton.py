@@ -20,8 +20,10 @@ from .ssd_kernels import (
 )
 
 
-# Tokens of a chunk, and warps of the program that works on it.
-CHUNK, SCAN_WARPS, GRADIENT_WARPS = 64, 4, 4
+# Tokens of a chunk, and warps of the program that works on it; the gradients of small states in half precision are
+# quicker with two, where more such programs stand on a multiprocessor.
+CHUNK, WARPS = 64, 4
+SMALL_STATE, FEW_WARPS = 16, 2
 # Greatest sizes that one program holds in registers.
 LARGEST_STATE, LARGEST_HEAD = 64, 128
 # One set of operators for each copy of this file: a student's own code may be loaded beside the package.
@@ -103,12 +105,12 @@ def _scan(
     has_idx = seq_idx is not None
     chunk_state_kernel[grid](
         x, B, log_a, seq_idx, states, decays, tokens, chunks, *strides["x"], *strides["b"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=False, num_warps=SCAN_WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=False, num_warps=WARPS, **meta,
     )  # fmt: skip
     last = _pass_states(states, decays, initial_state, backward=False)
     chunk_scan_kernel[grid](
         x, B, C, log_a, seq_idx, states, y, tokens, chunks, *strides["x"], *strides["b"], *strides["c"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, num_warps=SCAN_WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, num_warps=WARPS, **meta,
     )  # fmt: skip
     return y, last, states, decays
 
@@ -145,18 +147,19 @@ def _gradients(
     da = torch.empty(log_a.shape, dtype=torch.float32, device=x.device)
     dstates = torch.empty_like(states)
     grid, meta = (heads, chunks, batch), _meta(x, state_size, _chunk(tokens))
+    small = state_size <= SMALL_STATE and head_dim <= 64 and x.dtype != torch.float32
     strides = {name: t.stride()[:3] for name, t in (("x", x), ("b", B), ("c", C), ("y", dy))}
     a_strides = log_a.stride()[:2]
     has_idx = seq_idx is not None
     chunk_state_kernel[grid](
         dy, C, log_a, seq_idx, dstates, decays, tokens, chunks, *strides["y"], *strides["c"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=True, num_warps=SCAN_WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=True, num_warps=WARPS, **meta,
     )  # fmt: skip
     dinitial = _pass_states(dstates, decays, dlast, backward=True)
     chunk_gradient_kernel[grid](
         x, B, C, log_a, seq_idx, dy, states, dstates, decays, dx, db, dc, da, tokens, chunks,
         *strides["x"], *strides["b"], *strides["c"], *a_strides, *strides["y"],
-        state_size, head_dim, HAS_IDX=has_idx, num_warps=GRADIENT_WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, num_warps=FEW_WARPS if small else WARPS, **meta,
     )  # fmt: skip
     return dx, da, db, dc, dinitial
 

@@ -21,7 +21,8 @@ SHIPPED = Path(modeling_rad_hybrid.__file__).parent
 TRAINERS = Path(trainers.__file__).parent
 # From the ground up. A module imports from its own folder only what stands before it.
 MODEL_ORDER = ["configuration_rad_hybrid", "backbone", "ssd_kernels", "ssd_triton", "ssd_mamba", "ssd", "rollback_cache"]
-MODEL_ORDER += ["discrete_mamba2", "masks", "packed_rows", "generation", "modeling_rad_hybrid"]
+MODEL_ORDER += ["mixer_kernels", "mixer_triton", "discrete_mamba2", "masks", "packed_rows", "generation"]
+MODEL_ORDER += ["modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
