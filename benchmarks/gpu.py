@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--scan", nargs="+", metavar="SHAPE:N:TOKENS", help="cases of the scan")
     parser.add_argument("--decode", nargs="+", metavar="BATCH:CONTEXT", help="cases of decoding")
     parser.add_argument("--backends", nargs="+", choices=gpu_scan.BACKENDS, default=list(gpu_scan.BACKENDS))
-    forms = ["eager", "compiled", "eager graph", "graph"]
+    forms = ["eager", "compiled", "graph"]
     parser.add_argument("--forms", nargs="+", choices=forms, default=forms)
     parser.add_argument("--training_backend", default="auto", help="ssm_backend of the training that is not naive")
     parser.add_argument("--output", type=Path, default=Path("gpu.json"))

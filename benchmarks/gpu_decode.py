@@ -216,11 +216,9 @@ def time_forms(model, compiled, batch: int, context: int, forms) -> dict[str, fl
         times["eager"] = decoder.seconds(lambda: decoder.step(one_step), rounds=1)
     if "compiled" in forms:
         times["compiled"] = decoder.seconds(lambda: decoder.step(compiled))
-    for form, function in (("eager graph", one_step), ("graph", compiled)):
-        if CUDA and form in forms:
-            graph, _ = decoder.capture(function)
-            times[form] = decoder.seconds(graph.replay, rounds=5)
-            del graph
+    if CUDA and "graph" in forms:
+        graph, _ = decoder.capture(compiled)
+        times["graph"] = decoder.seconds(graph.replay, rounds=5)
     return times
 
 

@@ -14,6 +14,8 @@ import torch
 from torch.nn.functional import softplus
 
 from benchmarks.gpu_tools import DEVICE, milliseconds, peak_bytes, relative_error
+from modeling_rad_hybrid import RadHybridConfig
+from modeling_rad_hybrid.discrete_mamba2 import DiscreteMamba2
 from modeling_rad_hybrid.ssd import ssd, ssd_sequential
 
 
@@ -153,9 +155,40 @@ def check(report, options) -> None:
         pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
         wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
         add(shape, state, tokens, str(dtype)[6:], "several" if packed else "one", *pairs)
+    wrong += check_mixer(report, options)
     if wrong:
         raise RuntimeError(f"{wrong} cases of the default back end are wrong here; set ssm_backend to 'torch'.")
     print("\nThe default back end is right here.", flush=True)
+
+
+def check_mixer(report, options) -> int:
+    """A layer's recurrent heads, convolution and gate too, by the default back end against PyTorch in float32."""
+    columns = ["shape", "N", "dtype", "documents", "outputs", "greatest of the gradients"]
+    add = report.table("Check: relative error of a layer's recurrent heads against PyTorch in float32", columns)
+    wrong = 0
+    for shape, state, packed, dtype in product(options.shapes, options.states, (False, True), options.dtypes):
+        heads, head_dim = SHAPES[shape]
+        config = RadHybridConfig(
+            hidden_size=256, num_hidden_layers=1, num_attention_heads=heads, head_dim=head_dim, kept_heads=[[]], ssm_state_size=state
+        )
+        mixer = DiscreteMamba2(config, 0, heads).to(DEVICE)
+        for tensor in (mixer.conv1d.weight, mixer.D):
+            torch.nn.init.normal_(tensor)
+        mixer.to(dtype).to(torch.float32)
+        hidden = torch.randn(2, 600, 256, device=DEVICE).to(dtype)
+        weight = torch.randn(2, 600, 256, device=DEVICE)
+        seq_idx = documents(2, 600) if packed else None
+        found = []
+        for backend, kind in (("auto", dtype), ("torch", torch.float32)):
+            mixer.backend = backend
+            leaf = hidden.to(kind).requires_grad_()
+            output = mixer.to(kind)(leaf, seq_idx=seq_idx)
+            gradients = torch.autograd.grad((output * weight).sum(), [leaf, *mixer.parameters()])
+            found.append([output, *gradients])
+        pairs = [relative_error(one, other.double()) for one, other in zip(*found, strict=True)]
+        wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 3e-2)
+        add(shape, state, str(dtype)[6:], "several" if packed else "one", pairs[0], max(pairs[1:]))
+    return wrong
 
 
 def first_line(error: Exception) -> str:

@@ -76,9 +76,10 @@ class RadHybridAttention(nn.Module):
         self.rotary = config.no_rope_layers is None or bool(config.no_rope_layers[layer_idx])
         self.qk_norm = config.qk_norm
         self.is_causal = True
-        # Slot of each kept head among the filled-up queries; plain integers, so that a meta load has nothing to rebuild.
-        self.slots = [g * self.num_key_value_groups + i for g, group in enumerate(members) for i in range(len(group))]
-        self.even = len(self.slots) == self.num_key_value_heads * self.num_key_value_groups
+        # Kept heads of each group; plain integers, so that a meta load has nothing to rebuild and a CUDA graph nothing to
+        # copy from the host.
+        self.counts = [len(group) for group in members]
+        self.even = len(set(self.counts)) == 1
         queries, keys = self.num_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias, output_bias = config.attention_bias, config.attention_output_bias
         self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
@@ -122,10 +123,10 @@ class RadHybridAttention(nn.Module):
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         if not self.even:
-            filled = query.new_zeros(
-                query.shape[0], self.num_key_value_heads * self.num_key_value_groups, *query.shape[2:]
-            )
-            query = filled.index_copy(1, torch.tensor(self.slots, device=query.device), query)
+            groups = query.split(self.counts, dim=1)
+            missing = (self.num_key_value_groups - count for count in self.counts)
+            filled = (nn.functional.pad(group, (0, 0, 0, 0, 0, more)) for group, more in zip(groups, missing, strict=True))
+            query = torch.cat(list(filled), dim=1)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -141,9 +142,14 @@ class RadHybridAttention(nn.Module):
             **kwargs,
         )  # [B, T, H, P]
         if not self.even:
-            output = output[:, :, self.slots]
-            weights = None if weights is None else weights[:, self.slots]
+            output = self.drop_filled(output, 2)
+            weights = None if weights is None else self.drop_filled(weights, 1)
         return output.flatten(2), weights
+
+    def drop_filled(self, tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        """Leaves of the filled-up heads along a dimension those that are kept."""
+        groups = tensor.split(self.num_key_value_groups, dim=dim)
+        return torch.cat([t.narrow(dim, 0, count) for t, count in zip(groups, self.counts, strict=True)], dim=dim)
 
 
 class ParallelAdapter(nn.Module):

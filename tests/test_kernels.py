@@ -14,9 +14,11 @@ from modeling_rad_hybrid import (
     RadHybridConfig,
     RadHybridForCausalLM,
     discrete_mamba2,
+    mixer_triton,
     ssd_mamba,
     ssd_triton,
 )
+from modeling_rad_hybrid import ssd as ssd_module
 from modeling_rad_hybrid.ssd import ssd, ssd_sequential
 
 
@@ -110,6 +112,44 @@ def test_a_step_in_one_kernel_equals_the_step_in_pytorch(monkeypatch):
         found.append([torch.cat(steps), *states])
     for in_pytorch, in_one_kernel in zip(*found, strict=True):
         torch.testing.assert_close(in_one_kernel, in_pytorch, atol=1e-4, rtol=1e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("seq_idx", [None, DOCUMENTS], ids=["one document", "documents"])
+def test_the_whole_mixer_in_kernels_equals_it_in_pytorch(monkeypatch, seq_idx):
+    for module, name in ((mixer_triton, "BT"), (mixer_triton, "BC"), (ssd_triton, "CHUNK")):
+        monkeypatch.setattr(module, name, 16)
+    torch.manual_seed(0)
+    config = RadHybridConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=6, kept_heads=[[]], ssm_state_size=4
+    )
+    mixer = discrete_mamba2.DiscreteMamba2(config, 0, 2)
+    for tensor in (mixer.conv1d.weight, mixer.D, mixer.in_proj.weight):
+        torch.nn.init.normal_(tensor)
+    hidden_states, weight = torch.randn(2, 25, 16), torch.randn(2, 25, 16)
+    found = []
+    for fits in (False, True):
+        for module in (discrete_mamba2, ssd_module):
+            monkeypatch.setattr(module, "kernels_fit", lambda *_, fits=fits: fits)
+        leaf = hidden_states.clone().requires_grad_()
+        output = mixer(leaf, seq_idx=seq_idx)
+        found.append([output, *torch.autograd.grad((output * weight).sum(), [leaf, *mixer.parameters()])])
+    for in_pytorch, in_kernels in zip(*found, strict=True):
+        assert relative_error(in_kernels, in_pytorch.double()) < 1e-5
+
+
+@needs_triton
+def test_the_convolution_takes_up_the_window_of_earlier_tokens(monkeypatch):
+    torch.manual_seed(0)
+    config = RadHybridConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=1, head_dim=4, kept_heads=[[]], ssm_state_size=2
+    )
+    mixer = discrete_mamba2.DiscreteMamba2(config, 0, 1).requires_grad_(False)
+    torch.nn.init.normal_(mixer.conv1d.weight)
+    new, window = torch.randn(2, 5, 8), torch.randn(2, 8, 4)
+    in_pytorch = mixer.convolve(new, window)
+    monkeypatch.setattr(discrete_mamba2, "kernels_fit", lambda *_: True)
+    torch.testing.assert_close(mixer.convolve(new, window), in_pytorch)
 
 
 @needs_triton
