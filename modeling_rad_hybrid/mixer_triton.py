@@ -11,8 +11,8 @@ import torch
 from .mixer_kernels import convolve_gradient_kernel, convolve_kernel, gate_gradient_kernel, gate_kernel, triton
 
 
-# Tokens and channels of one program.
-BT, BC = 32, 128
+# Tokens and channels of one program, and its warps: enough of them that four taps fit in registers.
+BT, BC, WARPS = 32, 128, 8
 # One set of operators for each copy of this file: a student's own code may be loaded beside the package.
 SPACE = "".join(character if character.isalnum() else "_" for character in __name__)
 
@@ -41,7 +41,7 @@ def convolve(
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     convolve_kernel[_grid(channels, tokens, batch)](
         x, weight, window, seq_idx, y, tokens, channels, x.stride(0), x.stride(1), K=weight.shape[2], BT=BT, BC=BC,
-        HAS_WINDOW=window is not None, HAS_IDX=seq_idx is not None,
+        HAS_WINDOW=window is not None, HAS_IDX=seq_idx is not None, num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -63,7 +63,7 @@ def _convolve_gradients(
     shares = torch.empty(batch, grid[1], channels, kernel_size, dtype=torch.float32, device=x.device)
     convolve_gradient_kernel[grid](
         x, weight, seq_idx, dy, dx, shares, tokens, channels, x.stride(0), x.stride(1), K=kernel_size,
-        BK=triton.next_power_of_2(kernel_size), BT=BT, BC=BC, HAS_IDX=seq_idx is not None,
+        BK=triton.next_power_of_2(kernel_size), BT=BT, BC=BC, HAS_IDX=seq_idx is not None, num_warps=WARPS,
     )  # fmt: skip
     return dx, shares.sum((0, 1)).to(weight.dtype)[:, None]
 
@@ -103,8 +103,8 @@ def gate(y: torch.Tensor, x: torch.Tensor, z: torch.Tensor, skip: torch.Tensor) 
     batch, tokens, inner = x.shape
     out = torch.empty(x.shape, dtype=y.dtype, device=x.device)
     gate_kernel[_grid(inner, tokens, batch)](
-        y, x, z, skip, out, tokens, inner, *x.stride()[:2], *z.stride()[:2], y.shape[3], BT=BT, BC=BC
-    )
+        y, x, z, skip, out, tokens, inner, *x.stride()[:2], *z.stride()[:2], y.shape[3], BT=BT, BC=BC, num_warps=WARPS
+    )  # fmt: skip
     return out
 
 
@@ -124,7 +124,7 @@ def _gate_gradients(
     shares = torch.empty(batch, grid[1], inner, dtype=torch.float32, device=x.device)
     gate_gradient_kernel[grid](
         y, x, z, skip, dout, dy, dx, dz, shares, tokens, inner, *x.stride()[:2], *z.stride()[:2], y.shape[3],
-        BT=BT, BC=BC,
+        BT=BT, BC=BC, num_warps=WARPS,
     )  # fmt: skip
     return dy, dx, dz, shares.sum((0, 1)).unflatten(0, skip.shape + (-1,)).sum(-1).to(skip.dtype)
 
