@@ -50,20 +50,33 @@ def oracle(x, log_a, B, C, block: int = 256):
 
 def prune_autotuning(keep: int = 2) -> None:
     """
-    Leaves each kernel of mamba_ssm a few of its block shapes, those near 64 x 64, which fit heads and states of 64 and
-    less: with all 200 the first calls take minutes.
+    Leaves each kernel of mamba_ssm, and fla's fused one, a few of its block shapes, those near 64 x 64, which fit heads
+    and states of 64 and less: with all of them the first calls take minutes.
     """
+    modules = []
     try:
-        import triton
         from mamba_ssm.ops.triton import ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing
+
+        modules += [ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing]
     except ImportError:
-        return
-    for module in (ssd_bmm, ssd_chunk_scan, ssd_chunk_state, ssd_combined, ssd_state_passing):
-        for value in vars(module).values():
-            if isinstance(value, triton.runtime.Autotuner) and len(value.configs) > keep:
-                sizes = [c.kwargs.get("BLOCK_SIZE_M", 64) + 2 * abs(c.kwargs.get("BLOCK_SIZE_N", 64) - 64) for c in value.configs]
-                order = sorted(range(len(sizes)), key=lambda i: abs(sizes[i] - 128))  # noqa: B023
-                value.configs = [value.configs[i] for i in order[:keep]]
+        print("mamba-ssm is not installed.", flush=True)
+    try:
+        from fla.ops.common import fused_chunk
+
+        modules.append(fused_chunk)
+    except ImportError:
+        print("flash-linear-attention is not installed.", flush=True)
+    for value in [value for module in modules for value in vars(module).values()]:
+        from triton.runtime import Autotuner, Heuristics
+
+        kernel = value.fn if isinstance(value, Heuristics) else value
+        if isinstance(kernel, Autotuner):
+            kernel.configs = sorted(kernel.configs, key=_distance_from_64)[:keep]
+
+
+def _distance_from_64(config) -> int:
+    names = ("BLOCK_SIZE_M", "BLOCK_SIZE_N", "BV", "BK")
+    return sum(abs(config.kwargs.get(name, 64) - 64) for name in names) + abs(config.num_warps - 4)
 
 
 def authors(x, A_log, B, C):
