@@ -20,9 +20,11 @@ from .ssd_kernels import (
 )
 
 
-# Tokens of a chunk, and warps of the program that works on it; the gradients of small states in half precision are
-# quicker with two, where more such programs stand on a multiprocessor.
+# Tokens of a chunk, and warps of the program that works on it. With two warps more programs stand on a multiprocessor,
+# which the gradients of small states gain from, and Triton leaves Hopper's warpgroup products alone: in float32, 64
+# tokens and eight warps, those were seen to read outside their memory (triton 3.6), so float32 stays off them.
 CHUNK, WARPS = 64, 4
+FLOAT32_CHUNK = 32
 SMALL_STATE, FEW_WARPS = 16, 2
 # Greatest sizes that one program holds in registers.
 LARGEST_STATE, LARGEST_HEAD = 64, 128
@@ -57,8 +59,14 @@ def _meta(x, state_size, chunk):
     }
 
 
-def _chunk(tokens: int) -> int:
-    return min(CHUNK, max(16, triton.next_power_of_2(tokens)))
+def _chunk(tokens: int, dtype: torch.dtype) -> int:
+    full = FLOAT32_CHUNK if dtype == torch.float32 else CHUNK
+    return full if tokens >= full else max(16, triton.next_power_of_2(tokens))
+
+
+def _warps(x: torch.Tensor, state_size: int, gradient: bool) -> int:
+    small = state_size <= SMALL_STATE and x.shape[3] <= 64
+    return FEW_WARPS if small and (gradient or x.dtype == torch.float32) else WARPS
 
 
 def _pass_states(states, decays, edge, backward):
@@ -94,7 +102,7 @@ def _scan(
     """Outputs, last state, and for the backward pass the states before each chunk and each chunk's decay."""
     batch, tokens, heads, head_dim = x.shape
     state_size = B.shape[3]
-    chunk = _chunk(tokens)
+    chunk = _chunk(tokens, x.dtype)
     chunks = triton.cdiv(tokens, chunk)
     states = torch.empty(batch, chunks + 1, heads, head_dim, state_size, dtype=torch.float32, device=x.device)
     decays = torch.empty(batch, heads, chunks, dtype=torch.float32, device=x.device)
@@ -105,12 +113,12 @@ def _scan(
     has_idx = seq_idx is not None
     chunk_state_kernel[grid](
         x, B, log_a, seq_idx, states, decays, tokens, chunks, *strides["x"], *strides["b"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=False, num_warps=WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=False, num_warps=_warps(x, state_size, gradient=False), **meta,
     )  # fmt: skip
     last = _pass_states(states, decays, initial_state, backward=False)
     chunk_scan_kernel[grid](
         x, B, C, log_a, seq_idx, states, y, tokens, chunks, *strides["x"], *strides["b"], *strides["c"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, num_warps=WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, num_warps=_warps(x, state_size, gradient=False), **meta,
     )  # fmt: skip
     return y, last, states, decays
 
@@ -118,7 +126,7 @@ def _scan(
 @_scan.register_fake
 def _(x, log_a, B, C, initial_state, seq_idx):
     batch, tokens, heads, head_dim = x.shape
-    chunk = CHUNK if tokens >= CHUNK else _chunk(tokens)
+    chunk = _chunk(tokens, x.dtype)
     chunks = (tokens + chunk - 1) // chunk
     state = x.new_empty(batch, heads, head_dim, B.shape[3], dtype=torch.float32)
     states = x.new_empty(batch, chunks + 1, heads, head_dim, B.shape[3], dtype=torch.float32)
@@ -146,20 +154,19 @@ def _gradients(
     dx, db, dc = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
     da = torch.empty(log_a.shape, dtype=torch.float32, device=x.device)
     dstates = torch.empty_like(states)
-    grid, meta = (heads, chunks, batch), _meta(x, state_size, _chunk(tokens))
-    small = state_size <= SMALL_STATE and head_dim <= 64 and x.dtype != torch.float32
+    grid, meta = (heads, chunks, batch), _meta(x, state_size, _chunk(tokens, x.dtype))
     strides = {name: t.stride()[:3] for name, t in (("x", x), ("b", B), ("c", C), ("y", dy))}
     a_strides = log_a.stride()[:2]
     has_idx = seq_idx is not None
     chunk_state_kernel[grid](
         dy, C, log_a, seq_idx, dstates, decays, tokens, chunks, *strides["y"], *strides["c"], *a_strides,
-        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=True, num_warps=WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, BACKWARD=True, num_warps=_warps(x, state_size, gradient=False), **meta,
     )  # fmt: skip
     dinitial = _pass_states(dstates, decays, dlast, backward=True)
     chunk_gradient_kernel[grid](
         x, B, C, log_a, seq_idx, dy, states, dstates, decays, dx, db, dc, da, tokens, chunks,
         *strides["x"], *strides["b"], *strides["c"], *a_strides, *strides["y"],
-        state_size, head_dim, HAS_IDX=has_idx, num_warps=FEW_WARPS if small else WARPS, **meta,
+        state_size, head_dim, HAS_IDX=has_idx, num_warps=_warps(x, state_size, gradient=True), **meta,
     )  # fmt: skip
     return dx, da, db, dc, dinitial
 

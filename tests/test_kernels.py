@@ -51,7 +51,8 @@ def scan_and_gradients(scan, tensors, seq_idx):
     ],
 )
 def test_scan_and_gradients_equal_the_recurrence(monkeypatch, shift, spread, seq_idx, dtype):
-    monkeypatch.setattr(ssd_triton, "CHUNK", 16)
+    for name in ("CHUNK", "FLOAT32_CHUNK"):
+        monkeypatch.setattr(ssd_triton, name, 16)
     torch.manual_seed(0)
     batch, tokens, heads, head_dim, state = 2, 25, 1, 10, 4
     # As the model has them: views of one tensor, with strides.
@@ -117,7 +118,7 @@ def test_a_step_in_one_kernel_equals_the_step_in_pytorch(monkeypatch):
 @needs_triton
 @pytest.mark.parametrize("seq_idx", [None, DOCUMENTS], ids=["one document", "documents"])
 def test_the_whole_mixer_in_kernels_equals_it_in_pytorch(monkeypatch, seq_idx):
-    for module, name in ((mixer_triton, "BT"), (mixer_triton, "BC"), (ssd_triton, "CHUNK")):
+    for module, name in ((mixer_triton, "BT"), (mixer_triton, "BC"), (ssd_triton, "FLOAT32_CHUNK")):
         monkeypatch.setattr(module, name, 16)
     torch.manual_seed(0)
     config = RadHybridConfig(
