@@ -15,7 +15,7 @@ import torch
 from transformers import StaticCache
 from transformers.cache_utils import LinearAttentionLayer, StaticLayer
 
-from benchmarks.gpu_tools import CUDA, DEVICE, copy_bandwidth, relative_error, synchronize
+from benchmarks.gpu_tools import CUDA, DEVICE, copy_bandwidth, first_line, relative_error, synchronize
 from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
 from trainers.memory import kv_bytes_per_token, state_bytes
 
@@ -193,6 +193,8 @@ def run(report, options) -> None:
                 times[name] = time_forms(model, steps[name], batch, context, options.forms)
             except torch.OutOfMemoryError:
                 add(batch, context, name, "out of memory", None, None, moved[name] / 1e9, None, None, None)
+            except Exception as error:
+                print(f"batch {batch}, context {context}, {name}: {first_line(error)}", flush=True)
             torch.cuda.empty_cache()
         for form in options.forms:
             for name in times:

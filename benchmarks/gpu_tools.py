@@ -71,6 +71,11 @@ def copy_bandwidth() -> float:
     return 2 * size / (milliseconds(lambda: target.copy_(source)) / 1e3)
 
 
+def first_line(error: Exception) -> str:
+    """Kind and first line of an error, for one line of a log."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:90] if str(error).strip() else ''}"
+
+
 class Report:
     """Tables as they come, on the screen and in one JSON file."""
 
