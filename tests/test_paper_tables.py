@@ -9,17 +9,19 @@ from transformers import TrainerControl, TrainerState
 
 from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, Clock, Deadline, cell_recipe
 from benchmarks.paper.data import DATA_RECIPE, draw_rows
+from benchmarks.paper.figures import draw_curves
 from benchmarks.paper.floor import Floor, Job
-from benchmarks.paper.report import card_text
+from benchmarks.paper.report import Results, card_text, curve_points, tables, write_card
 from benchmarks.paper.run import collect
+from modeling_rad_hybrid import RadHybridConfig
 from trainers.actions import suite
 from trainers.evaluation import coverage
+from trainers.files import read_json, write_json
 from trainers.head_scoring import HeadScores
 from trainers.recipe import Recipe
 from trainers.tasks import ProbeTask
 
 
-CARD = Path(__file__).parent.parent / "hub_cards" / "smollm2-135m-rad"
 KEPT = {"good": 8, "none": 0, "random-8": 8, "found-8": 8, "layers-4": 63, "found-5": 5, "found-16": 16}
 
 
@@ -79,13 +81,14 @@ def test_jobs_run_wait_and_fail_on_their_own(tmp_path):
     touch = "import pathlib, os; pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
     first = job(tmp_path, "first", touch.format(str(tmp_path / "first.done")))
     second = job(tmp_path, "second", touch.format(str(tmp_path / "second.done")), waits_for=first.done)
-    failing = job(tmp_path, "failing", "raise SystemExit('no such luck')", most_tries=2)
+    failing = job(tmp_path, "failing", "raise SystemExit('no such luck')", most_tries=2, again=("--careful",))
     for kind, one in (("training", failing), ("training", first), ("measurement", second)):
         floor.add(kind, one)
     ended = []
     while floor.busy:
         ended += [one.name for one in floor.turn()]
     assert ended == ["first", "second"] and floor.failed == ["failing"] and failing.tries == 2
+    assert failing.command[-1] == "--careful"
     assert "no such luck" in (tmp_path / "logs" / "failing.log").read_text()
     assert first.done.read_text() in ("0", "1") and second.done.read_text() == "1"
     floor.add("training", first)
@@ -127,9 +130,63 @@ def test_multiple_choice_at_chance_is_not_covered():
     assert covered["held_out"] == pytest.approx((0.5 + 1) / 2)
 
 
-@pytest.mark.skipif(not CARD.is_dir(), reason="the GPU run has not been committed yet")
-def test_card_of_the_trained_student_is_the_golden_one():
-    assert card_text(CARD) == (CARD / "README.md").read_text(encoding="utf-8")
+def measured(kept: int, factor: float, **more) -> dict:
+    names = {"kv-json-20x2-numbers": result(0.9 * factor, True), "phone-book-10x2": result(0.5 * factor)}
+    names["choices-easy"] = result(0.6, chance=0.25)
+    tasks = {"kv-json-20x2-numbers": {"probe": {"name": "kv"}, "num_examples": 100}}
+    return {
+        "results": names, "text_loss": 3.5 - factor / 2, "cache_bytes": {"2048": 1, "8192": 4}, "kept_heads": kept,
+        "tokens_trained": 1_000_000 * (1 + kept), "tasks": tasks, "seed": 0, "hardware": "1 x a GPU",
+        "versions": {"torch": "2.11.0"}, "date": "2026-11-25", **more,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A run as it lies there when it has ended, with two of its students."""
+    out, scores = tmp_path / "run", HeadScores.load(SCORES)
+    sizes = {"vocab_size": 64, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9}
+    for name, factor in (("good", 0.8), ("none", 0.1)):
+        head_map = BY_NAME[name].head_map(scores, 0)
+        final = out / name / "distillation"
+        head_map.save(out / name / "head_map.json")
+        config = RadHybridConfig(**sizes, num_key_value_heads=3, head_dim=64, kept_heads=head_map.kept_heads)
+        write_json(final / "config.json", config.to_dict())
+        write_json(out / name / "measured.json", measured(head_map.num_kept, factor))
+        write_json(final / "rad" / "training.json", {"tokens_trained": 9_000_000, "stages": []})
+        (final / "rad" / "scores.json").write_bytes(SCORES.read_bytes())
+    (out / "good" / "watch.jsonl").write_text('{"step": 0}\n')
+    write_json(out / "good" / "curve" / "step-10.json", measured(8, 0.4))
+    for name in ("teacher.json", "teacher-curve.json"):
+        write_json(out / name, measured(270, 1.0))
+    group = {"name": "all kept heads", "heads": 8, "accuracy": 0.1, "log_prob": -9.0}
+    whole = {"name": "nothing", "heads": 0, "accuracy": 0.8, "log_prob": -1.0}
+    found = {"whole": whole, "groups": [group], "kept": {"16.0": group}, "recurrent": {"3.1": whole}}
+    write_json(out / "good" / "ablated.json", {"kv-json-20x2-numbers": found})
+    return out
+
+
+def test_tables_hold_what_was_measured_and_nothing_else(finished):
+    text = tables(Results(finished))
+    students = [line for line in text.splitlines() if "long run |" in line or line.startswith("| 0 heads |")]
+    assert "| 8 found heads, long run | 8 | 9.0 M |" in students[0] and "| 80.0 % | 80.0 % |" in students[0]
+    assert "| 0 heads | 0 | 1.0 M |" in students[1] and "| 10.0 % | 10.0 % | 100.0 % |" in students[1]
+    assert "random" not in text and "every 4th layer" not in text
+    assert "| kept head 16.0 | 0.10 | -9.00 |" in text and "| 9.00 M | 40.0 % | 40.0 % |" in text
+
+
+def test_card_comes_from_the_files_beside_it(finished, tmp_path):
+    write_card(Results(finished), tmp_path / "card", "python -m benchmarks.paper.run")
+    report = read_json(tmp_path / "card" / "eval.json")
+    assert report["hardware"] == "1 x a GPU" and list(report["controls"]) == ["0 heads"]
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert card == card_text(tmp_path / "card") and "over retrieval alone: **80.0%**" in card
+
+
+def test_curves_are_drawn(finished, tmp_path):
+    results = Results(finished)
+    for path in draw_curves(results, curve_points(results), tmp_path):
+        assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_job_that_wants_a_whole_gpu_gets_it_before_smaller_ones(tmp_path):

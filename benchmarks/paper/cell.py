@@ -292,7 +292,7 @@ def make_cell(
     if not (folder / "student").exists():
         cell.head_map(HeadScores.load(SCORES), recipe.seed).save(folder / "head_map.json")
         actions.convert_student(workshop, folder / "head_map.json", folder / "student", SCORES)
-        config = folder / "student" / "config.json"
+    for config in folder.glob("*/config.json"):
         write_json(config, read_json(config) | {"ssm_backend": backend})
     if not (folder / "alignment" / actions.TRAINING).exists():
         actions.train(workshop, folder / "student", folder / "alignment", "alignment", recipe.align, resume=True)

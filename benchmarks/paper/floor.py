@@ -31,6 +31,8 @@ class Job:
             Its share of a GPU, see [`Floor`].
         wants (`int`, *optional*):
             The one GPU that it may run on. While a job waits that wants a whole one, no other starts there.
+        again (`tuple[str, ...]`, *optional*):
+            Further arguments for when it is started again: the careful way of doing the same.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Job:
     most_tries: int = 2
     slots: int = 1
     wants: int | None = None
+    again: tuple[str, ...] = ()
     tries: int = 0
     gpu: int | None = None
     process: subprocess.Popen | None = field(default=None, repr=False)
@@ -93,6 +96,7 @@ class Floor:
                 if job.done.exists():
                     ended.append(job)
                 elif job.tries < job.most_tries:
+                    job.command = [*job.command, *job.again]
                     self.waiting[kind].insert(0, job)
                 else:
                     self.failed.append(job.name)

@@ -67,10 +67,7 @@ class Results:
 
     def retrieval(self, name: str) -> tuple[float | None, float | None]:
         """Coverage over retrieval, and over the retrieval tasks that no training data contained."""
-        students, teachers = self.students[name]["results"], self.teacher["results"]
-        asked = [task for task, result in teachers.items() if "chance" not in result]
-        covered = coverage({task: students[task] for task in asked}, {task: teachers[task] for task in asked})
-        return covered["value"], covered["held_out"]
+        return retrieval_coverage(self.students[name]["results"], self.teacher["results"])
 
     def bytes(self, name: str, tokens: int) -> int:
         """Cache of one sequence in bfloat16."""
@@ -99,6 +96,13 @@ class Results:
             suite=tasks,
         )
         return {**report, **how}
+
+
+def retrieval_coverage(student: dict, teacher: dict) -> tuple[float | None, float | None]:
+    """Coverage over all but multiple choice, and over those of these tasks that no training data contained."""
+    asked = [task for task, result in teacher.items() if "chance" not in result]
+    covered = coverage({task: student[task] for task in asked}, {task: teacher[task] for task in asked})
+    return covered["value"], covered["held_out"]
 
 
 def measured_only(measured: dict) -> dict:
@@ -205,33 +209,15 @@ def megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def rate_table(rates: dict) -> str:
-    """The trials of learning rates."""
-    rows = []
-    for (mixers, rest), line in rates["trials"]:
-        chosen = " (chosen)" if [mixers, rest] == list(rates["rates"]) else ""
-        values = [f"{mixers:g} / {rest:g}{chosen}"]
-        watched = [] if line is None else [key for key in line if key.startswith(("kv-", "phone-"))]
-        values += (
-            ["stopped"] * 4 if line is None else [number(line["text_loss"], 3), *(number(line[k]) for k in watched)]
-        )
-        rows.append(values)
-    lines = [line for _, line in rates["trials"] if line]
-    names = [key for key in (lines[0] if lines else {}) if key.startswith(("kv-", "phone-"))]
-    return markdown_table(["mixers / rest", "loss on text", *names], rows)
-
-
 def curve_points(results: Results) -> list[dict]:
     """Tokens, coverage and loss on text of the good student at every snapshot, on the shorter suite."""
     teacher = read_json(results.out / "teacher-curve.json")["results"]
     points = []
     for path in (results.out / GOOD.name / "curve").glob("*.json"):
         measured = read_json(path)
-        covered = coverage(measured["results"], teacher)
-        points.append(
-            {"tokens": measured["tokens_trained"], "coverage": covered["value"], "held_out": covered["held_out"]}
-            | {"text_loss": measured["text_loss"]}
-        )
+        value, held_out = retrieval_coverage(measured["results"], teacher)
+        tokens, loss = measured["tokens_trained"], measured["text_loss"]
+        points.append({"tokens": tokens, "coverage": value, "held_out": held_out, "text_loss": loss})
     return sorted(points, key=lambda point: point["tokens"])
 
 
@@ -250,7 +236,6 @@ def tables(results: Results) -> str:
         for p in curve_points(results)
     ]
     parts += ["\n### Coverage against tokens (8 found heads, long run; shorter suite)\n", markdown_table(header, rows)]
-    parts += ["\n### Learning rates tried\n", rate_table(read_json(results.out / "rates.json"))]
     return "\n".join(parts) + "\n"
 
 

@@ -30,6 +30,8 @@ from trainers.files import atomic_path, read_json, write_json
 SLOTS, GOOD_SLOTS, CELL_SLOTS = 5, 3, 2
 # Cells that are aligned at once in the beginning; the others follow when so many train.
 FIRST_WAVE = 4
+# What a training that failed is started again with: the scan in PyTorch, slower but without kernels of our own.
+CAREFUL = ("--backend", "torch")
 # Results that are worth more than their bytes: everything but weights and optimizer states.
 COLLECTED = (".json", ".jsonl", ".log", ".png", ".yaml")
 
@@ -75,19 +77,22 @@ class Run:
         args = self.args
         until = str(self.until - args.reserve)
         command = self.cell(GOOD.name, args.align_tokens, args.most_tokens, "--until", until)
-        self.floor.add("training", Job(GOOD.name, command, self.file(GOOD.name), slots=GOOD_SLOTS, wants=0))
+        self.floor.add(
+            "training", Job(GOOD.name, command, self.file(GOOD.name), slots=GOOD_SLOTS, wants=0, again=CAREFUL)
+        )
         self.floor.add("measurement", self.measure("teacher", "teacher", "teacher.json"))
         self.floor.add("measurement", self.measure("teacher-curve", "teacher", "teacher-curve.json", "--curve"))
         for cell in CELLS:
             aligned = self.out / cell.name / "alignment" / TRAINING
             options = ("--watch", "5", "--no-checkpoints")
             command = self.cell(cell.name, args.cell_align_tokens, args.cell_tokens, *options)
-            self.floor.add("training", Job(cell.name, command, self.file(cell.name), aligned, slots=CELL_SLOTS))
+            job = Job(cell.name, command, self.file(cell.name), aligned, slots=CELL_SLOTS, again=CAREFUL)
+            self.floor.add("training", job)
         for number, cell in enumerate(CELLS):
             # Conversion and alignment wait for their CPU most of the time: one of them fits beside two cells.
             aligned = self.out / cell.name / "alignment" / TRAINING
             command = self.cell(cell.name, args.cell_align_tokens, 0)
-            job = Job(f"{cell.name}-start", command, aligned, wants=self.gpus - 1)
+            job = Job(f"{cell.name}-start", command, aligned, wants=self.gpus - 1, again=CAREFUL)
             if number >= FIRST_WAVE:
                 # By then the cells before have taken their places.
                 job.waits_for = self.out / CELLS[0 if self.gpus == 1 else FIRST_WAVE - 2].name / "watch.jsonl"
@@ -100,6 +105,9 @@ class Run:
             self.measure_good()
             if self.floor.turn():
                 self.write_status()
+            if GOOD.name in self.floor.failed:
+                # Time is lent by the second: whoever watches must see it at once.
+                raise SystemExit(f"The good student failed twice; see {self.out / 'logs' / 'good.log'}.")
             if self.left < args.last_start:
                 self.give_up_late()
             time.sleep(0.3)
