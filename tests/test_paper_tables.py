@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,16 @@ from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, Clock, D
 from benchmarks.paper.data import DATA_RECIPE, draw_rows
 from benchmarks.paper.figures import draw_curves
 from benchmarks.paper.floor import Floor, Job
+from benchmarks.paper.measure import asked
 from benchmarks.paper.report import Results, card_text, curve_points, tables, write_card
 from benchmarks.paper.run import collect
 from modeling_rad_hybrid import RadHybridConfig
-from trainers.actions import suite
 from trainers.evaluation import coverage
 from trainers.files import read_json, write_json
 from trainers.head_scoring import HeadScores
+from trainers.packing import Manifest
 from trainers.recipe import Recipe
-from trainers.tasks import ProbeTask
+from trainers.workshop import Workshop
 
 
 KEPT = {"good": 8, "none": 0, "random-8": 8, "found-8": 8, "layers-4": 63, "found-5": 5, "found-16": 16}
@@ -47,13 +49,18 @@ def test_recipe_of_a_cell_changes_budget_and_state_size_alone():
     assert dataclasses.replace(changed, convert=recipe.convert, align=recipe.align, distill=recipe.distill) == recipe
 
 
-def test_the_tables_hold_formats_that_no_training_data_contains():
-    probes = [source["probe"] for source in Recipe.load(DATA_RECIPE).data.sources if "probe" in source]
-    tasks = suite(Recipe.load(RECIPE).eval.tasks, probes)
-    asked = {task.name: task.trained_on for task in tasks if isinstance(task, ProbeTask)}
-    assert {name for name, trained in asked.items() if not trained and name.startswith("kv-lines")}
-    assert not any(trained for name, trained in asked.items() if name.startswith(("phone-book", "copy")))
-    assert sum(asked.values()) >= 5 and not any(task.trained_on for task in tasks if not isinstance(task, ProbeTask))
+def test_what_the_packed_rows_hold_is_marked_as_trained_on(tmp_path):
+    sources = Recipe.load(DATA_RECIPE).data.sources
+    nothing = {"rows": 0, "seed": 0, "vocabulary": "", "tokenizer": "", "given": [], "digest": "", "masked": False}
+    write_json(tmp_path / "manifest.json", asdict(Manifest(length=1024, sources=sources, files=[], **nothing)))
+    recipe = Recipe.load(RECIPE)
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, packed=str(tmp_path)))
+    suite = asked(Workshop(recipe))
+    trained = {task.name for task in suite if task.trained_on}
+    assert {"kv-json-20x2-numbers", "kv-json-20x2-words", "kv-paper-20x2-numbers"} <= trained
+    assert not [name for name in trained if not name.startswith(("kv-json", "kv-paper"))]
+    curve = asked(Workshop(recipe), curve=True)
+    assert max(task.num_examples for task in curve) == 80 and len(curve) < len(suite)
 
 
 def test_rates_fall_by_the_clock_and_end_the_run():

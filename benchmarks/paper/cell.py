@@ -249,9 +249,7 @@ class Watch(TrainerCallback):
         tokens = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.max_length
         training = read_json(self.source / actions.TRAINING)
         training["tokens_trained"] += tokens
-        training["stages"].append(
-            {"stage": "distillation", "tokens": tokens, "probes": self.workshop.recipe.data.probes}
-        )
+        training["stages"].append({"stage": "distillation", "tokens": tokens, "probes": self.workshop.trained_probes})
         write_json(folder / actions.TRAINING, training)
 
 

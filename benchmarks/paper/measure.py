@@ -23,7 +23,7 @@ from trainers.precision import resolve_dtype
 from trainers.probes import KVRetrieval, PhoneBook
 from trainers.recipe import Recipe
 from trainers.student_heads import locate_retrieval
-from trainers.tasks import ChoiceTask
+from trainers.tasks import ChoiceTask, Task
 from trainers.workshop import Workshop, default_device
 
 
@@ -32,19 +32,25 @@ ABLATED = [KVRetrieval(format="json", pairs=20, queries=4), PhoneBook(pairs=10, 
 ABLATED_EXAMPLES = 100
 
 
+def asked(workshop: Workshop, curve: bool = False) -> list[Task]:
+    """The recipe's tasks, marked as trained on where the packed rows hold their format; for a curve the shorter suite."""
+    suite = actions.suite(workshop.recipe.eval.tasks, workshop.trained_probes)
+    if not curve:
+        return suite
+    return [
+        dataclasses.replace(task, num_examples=min(task.num_examples, CURVE_EXAMPLES))
+        for task in suite
+        if not isinstance(task, ChoiceTask)
+    ]
+
+
 def measure(name: str, recipe: Recipe, out: Path, curve: bool = False, ablate: bool = False) -> None:
     """
     Measures the teacher (`name` is `"teacher"`) or the student of a folder and writes what
     [`trainers.actions.measure_student`] gives, with the settings of the tasks and how it was measured.
     """
     workshop, began = Workshop(recipe, progress=False), time.monotonic()
-    suite = actions.suite(recipe.eval.tasks, recipe.data.probes)
-    if curve:
-        suite = [
-            dataclasses.replace(task, num_examples=min(task.num_examples, CURVE_EXAMPLES))
-            for task in suite
-            if not isinstance(task, ChoiceTask)
-        ]
+    suite = asked(workshop, curve)
     if name == "teacher":
         measured = actions.measure_teacher(workshop, suite)
     else:
