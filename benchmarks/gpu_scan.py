@@ -135,20 +135,21 @@ def errors(function: Callable, tensors: list[torch.Tensor], exact: list[torch.Te
 
 def documents(batch: int, tokens: int) -> torch.Tensor:
     """Document of each token, with borders inside and at the ends of chunks."""
-    borders = [tokens * part // 16 for part in (1, 2, 7)] + [64, 128, 131]
+    borders = [tokens * part // 16 for part in (1, 2, 7)] + [58, 64, 128, 131, 188]
     return (torch.arange(tokens, device=DEVICE)[:, None] >= torch.tensor(borders, device=DEVICE)).sum(-1).expand(batch, -1)
 
 
 def check(report, options) -> None:
     """The default back end against the recurrence in float64: documents, initial states, ragged lengths, every dtype."""
-    columns = ["shape", "N", "tokens", "dtype", "documents", "y", "last state", "x", "log a", "B", "C", "first state"]
+    columns = ["shape", "N", "tokens", "dtype", "documents", "decays"]
+    columns += ["y", "last state", "x", "log a", "B", "C", "first state"]
     add = report.table("Check: relative error of outputs and gradients against the recurrence in float64", columns)
     wrong = 0
-    for shape, state, tokens, packed, dtype in product(
-        options.shapes, options.states, (61, 600), (False, True), options.dtypes
+    for shape, state, tokens, packed, regime, dtype in product(
+        options.shapes, options.states, (61, 600), (False, True), ("typical", "extreme"), options.dtypes
     ):
         heads, head_dim = SHAPES[shape]
-        x, A_log, B, C, dy = draw(2, tokens, heads, head_dim, state, "typical")
+        x, A_log, B, C, dy = draw(2, tokens, heads, head_dim, state, regime)
         first, dlast = torch.randn(2, 2, heads, head_dim, state, device=DEVICE)
         seq_idx = documents(2, tokens) if packed else None
         # A view of one tensor, as the model has it.
@@ -168,7 +169,7 @@ def check(report, options) -> None:
             found.append([y, last, *torch.autograd.grad(total, leaves)])
         pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
         wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
-        add(shape, state, tokens, str(dtype)[6:], "several" if packed else "one", *pairs)
+        add(shape, state, tokens, str(dtype)[6:], "several" if packed else "one", regime, *pairs)
     wrong += check_mixer(report, options)
     if wrong:
         raise RuntimeError(f"{wrong} cases of the default back end are wrong here; set ssm_backend to 'torch'.")
