@@ -93,21 +93,25 @@ def _ssd_chunks(x, B, C, log_a, state, idx, previous_idx):
         decay_to = log_a.cumsum(
             -1
         )  # [B, C, H, Q] from the chunk's start to each token, that token's own decay included
-        carried = kept_to_end = 1.0
+        carried = 1.0
     else:
         decay_to = _segmented_cumsum(log_a, idx)
         causal = causal & (idx[..., :, None] == idx[..., None, :])[:, :, None]  # [B, C, 1, Q, Q]
         before = torch.cat([idx[:, :1, 0] if previous_idx is None else previous_idx[:, None], idx[:, :-1, -1]], dim=1)
         carried = (idx == before[..., None])[:, :, None, :, None]  # [B, C, 1, Q, 1] token continues the chunk before
-        kept_to_end = (idx == idx[..., -1:])[:, :, None, :, None]  # [B, C, 1, Q, 1] token's document reaches the end
+        kept_to_end = (idx == idx[..., -1:])[:, :, None]  # [B, C, 1, Q] token's document reaches the end
     # Inside the chunk: y_i = sum over j <= i of (C_i . B_j) exp(decay from j to i) x_j.
     decays = (
         (decay_to[..., :, None] - decay_to[..., None, :]).masked_fill(~causal, -torch.inf).exp()
     )  # [B, C, H, Q, Q]
     y = ((C @ B.transpose(-1, -2)) * decays).to(x.dtype) @ x  # [B, C, H, Q, P]
     # What each chunk alone leaves in the state at its end.
-    # Never above 0 within a document; from another one it would grow beyond any number, and infinity times 0 is no 0.
-    to_end = (decay_to[..., -1:] - decay_to).clamp(max=0).exp()[..., None] * kept_to_end  # [B, C, H, Q, 1]
+    to_end = decay_to[..., -1:] - decay_to  # [B, C, H, Q]
+    if idx is not None:
+        # Before the exponential, which overflows there, and infinity times 0 is no 0. Not by a clamp: that would stop the
+        # gradients where a difference rounds above 0.
+        to_end = to_end.masked_fill(~kept_to_end, -torch.inf)
+    to_end = to_end.exp()[..., None]  # [B, C, H, Q, 1]
     local = (x.transpose(-1, -2) @ (B * to_end).to(x.dtype)).float()  # [B, C, H, P, N]
     # States at chunk starts: a lower triangular product over chunks, in float32 even under autocast.
     passing = _segment_sums(

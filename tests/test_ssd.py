@@ -98,3 +98,15 @@ def test_state_stays_float32_under_bfloat16():
     x, log_a, B, C, state = inputs(40, 8)
     y, last = ssd(x.bfloat16(), log_a, B.bfloat16(), C.bfloat16(), state)
     assert y.dtype == torch.bfloat16 and last.dtype == torch.float32
+
+
+def test_gradients_of_packed_rows_are_exact_under_fast_decays():
+    x, log_a, B, C, _ = inputs(128, 8, "extreme")
+    idx = torch.tensor([[0] * 41 + [1] * 18 + [2] * 69, [0] * 128])
+    leaves = [t.clone().requires_grad_() for t in (x, log_a, B, C)]
+    doubles = [t.double().requires_grad_() for t in (x, log_a, B, C)]
+    weight = torch.randn_like(x)
+    (ssd(*leaves, None, idx)[0] * weight).sum().backward()
+    (ssd_sequential(*doubles, None, idx)[0] * weight).sum().backward()
+    for ours, oracle in zip(leaves, doubles, strict=True):
+        assert relative_error(ours.grad, oracle.grad) < 1e-4
