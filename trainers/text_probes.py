@@ -167,7 +167,7 @@ class VariableTracking(SceneProbe):
     The value of lamp is two hops away, lamp to river and river to 12.
 
     Args:
-        chains (`int`, *optional*, defaults to `4`):
+        chains (`int`, *optional*, defaults to `8`):
             Chains, each with a number of its own; their lines are mixed, and a variable stands before its use.
         hops (`int`, *optional*, defaults to `2`):
             Look-ups from the last variable of a chain to its number. With 1, this is key-value retrieval.
@@ -182,7 +182,7 @@ class VariableTracking(SceneProbe):
 
     kind: ClassVar[str] = "variables"
     easier: ClassVar[str] = "more shots with more chains, or hops: 1"
-    chains: int = 4
+    chains: int = 8
     hops: int = 2
     shots: int = 2
     queries: int = 1
@@ -206,7 +206,7 @@ class VariableTracking(SceneProbe):
 
     @property
     def name(self) -> str:
-        """Short name for tables and files, such as `variables-4x2-2hops`."""
+        """Short name for tables and files, such as `variables-8x2-2hops`."""
         return f"variables-{self.chains}x{self.shots}-{self.hops}hops"
 
     @property
