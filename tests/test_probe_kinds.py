@@ -7,6 +7,7 @@ import pytest
 from test_probes import character_tokenizer
 from tiny_retriever import KEYS, build_tiny_retriever
 
+from benchmarks import teacher_probes
 from trainers.actions import suite
 from trainers.probes import (
     PROBES,
@@ -300,3 +301,18 @@ def test_a_mean_is_measured_as_the_mean():
     solved, failed = KVRetrieval(format="lines", pairs=6, words=tuple(KEYS)), LetterChoice(shots=0)
     task = ProbeTask(MeanOf([solved, failed]), num_examples=12)
     assert task.measure(model, tokenizer, batch_size=5, seed=0, progress=False) == 0.5
+
+
+def test_the_benchmark_prints_a_row_for_each_probe(tmp_path, monkeypatch, capsys):
+    model, tokenizer, _ = build_tiny_retriever(seed=0)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    probes = ["{name: kv, format: lines, pairs: 4, words: [cat, dog, owl, fox]}", "{name: copy, length: 3}"]
+    arguments = ["--teacher", str(tmp_path), "--examples", "4", "--ranked"]
+    for probe in probes:
+        arguments += ["--probe", probe]
+    monkeypatch.setattr("sys.argv", ["teacher_probes", *arguments])
+    teacher_probes.main()
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\| `kv-lines-4x2-numbers` \| \d+ \| 1.00 \| 1.00 \| 1.00 \| 0.25 \| \d+ \|", first)
+    assert re.fullmatch(r"\| `copy-words-3-2x0` \| \d+ \| 0.00 \| 0.\d\d \| - \| - \| \d+ \|", second)
