@@ -11,7 +11,6 @@ gets. The heads of a teacher can be ranked by a probe that it passes (0.6 by def
 """
 
 import argparse
-import time
 
 import torch
 import yaml
@@ -67,14 +66,14 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_teacher(teacher, dtype=resolve_dtype(args.dtype, device), device=device)
     print(f"{args.teacher}, {args.examples} questions each, seed {args.seed}, {args.dtype} on {device}\n")
-    print("| probe | prompt tokens | exact | tokens | ranked | chance | seconds |\n|---|---|---|---|---|---|---|")
+    print("| probe | prompt tokens | exact | tokens | ranked | chance |\n|---|---|---|---|---|---|")
     for settings in args.probe or PROBES:
         print(row(model, tokenizer, settings, args), flush=True)
 
 
 def row(model, tokenizer, settings: dict, args: argparse.Namespace) -> str:
     """Measures one probe and writes its row."""
-    task, began = ProbeTask(probe_from_settings(settings), num_examples=args.examples), time.perf_counter()
+    task = ProbeTask(probe_from_settings(settings), num_examples=args.examples)
     pairs = task.ask(model, tokenizer, args.batch_size, args.seed, progress=False)
     examples = [example for example, _ in pairs]
     exact = sum(is_correct(text, example.answer) for example, text in pairs) / len(pairs)
@@ -86,8 +85,7 @@ def row(model, tokenizer, settings: dict, args: argparse.Namespace) -> str:
             correct, _ = ranked_accuracy(model, tokenizer, examples, progress=False)
             ranked = f"{sum(correct) / len(correct):.2f}"
         chance = f"{sum(1 / len(example.candidates) for example in examples) / len(examples):.2f}"
-    seconds = time.perf_counter() - began
-    return f"| `{task.name}` | {length} | {exact:.2f} | {tokens:.2f} | {ranked} | {chance} | {seconds:.0f} |"
+    return f"| `{task.name}` | {length} | {exact:.2f} | {tokens:.2f} | {ranked} | {chance} |"
 
 
 if __name__ == "__main__":
