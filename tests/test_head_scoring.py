@@ -32,7 +32,7 @@ from trainers.files import sha256
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import ProbeFailedError, score_heads
 from trainers.probe_rows import pack
-from trainers.probes import EncodedAnswer, KVRetrieval, MeanOf, generated_accuracy, is_correct
+from trainers.probes import Copying, EncodedAnswer, KVRetrieval, MeanOf, generated_accuracy, is_correct
 from trainers.screens import SCREENS, screen_heads
 from trainers.shared_work import SharedWork
 
@@ -343,6 +343,8 @@ def test_candidates_are_ranked_by_their_first_token(random_models, retriever):
     same = KVRetrieval(format="lines", pairs=3, shots=0, values=("1 2", "1 3", "4"), words=tuple(KEYS))
     with pytest.raises(ValueError, match="told apart by their first token"):
         score_heads(model, tokenizer, same, 6, answers="candidates", min_accuracy=0, progress=False)
+    with pytest.raises(ValueError, match="one candidate"):
+        score_heads(model, tokenizer, Copying(length=3), 6, answers="candidates", min_accuracy=0, progress=False)
 
 
 def test_offloading_changes_nothing(random_models, retriever):

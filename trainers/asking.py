@@ -133,6 +133,18 @@ def generated_accuracy(
     return correct
 
 
+def check_candidates(examples: list[Example]) -> None:
+    """
+    Raises:
+        `ValueError`: for a question without other candidates than its answer, which would be right whatever is said.
+    """
+    if any(len(example.candidates) < 2 for example in examples):
+        raise ValueError(
+            "A question with one candidate cannot be ranked: any model would be right. Generate the answer instead, "
+            "or take a probe that has candidates (a copy and a single needle have none)."
+        )
+
+
 @torch.no_grad()
 def ranked_accuracy(
     model: PreTrainedModel,
@@ -164,11 +176,7 @@ def ranked_accuracy(
     Raises:
         `ValueError`: for a question without other candidates than its answer, which would be right whatever is said.
     """
-    if any(len(example.candidates) < 2 for example in examples):
-        raise ValueError(
-            "A question with one candidate cannot be ranked: any model would be right. Generate the answer instead, "
-            "or take a probe that has candidates (a copy and a single needle have none)."
-        )
+    check_candidates(examples)
     correct, log_probs = [], []
     with _evaluating(model):
         for example in tqdm(examples, desc="ranking", unit="prompt", disable=not progress):

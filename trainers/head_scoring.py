@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import HeadAblation, attention_layers, head_means, inference, tokens_at_once
+from trainers.asking import check_candidates
 from trainers.head_map import TeacherShape
 from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
@@ -124,6 +125,8 @@ def score_heads(
     teacher = teacher or TeacherShape.from_config(model.config, model.config.name_or_path or type(model).__name__)
     batch_tokens = tokens_at_once(model, batch_tokens)
     examples = probe.examples(num_examples, seed)
+    if answers == "candidates":
+        check_candidates(examples)
     batches = pack(tokenizer, examples, rows, model.device, tokens=batch_tokens // num_heads)
     with inference(model, dtype):
         base = _base(model, tokenizer, batches, dtype, answers)
