@@ -334,6 +334,22 @@ def test_training_lowers_the_held_out_loss_and_says_so(student, make_trainer, st
         assert all(0 <= entry["agreement"] <= 1 for entry in logged)
 
 
+def test_a_run_answers_probes_and_leaves_a_picture(student, make_trainer):
+    plain = copy.deepcopy(student)
+    trainer = make_trainer(student, stage="distillation", max_steps=4, probe_steps=2)
+    trainer.train()
+    asked = {entry["step"]: v for entry in trainer.state.log_history for k, v in entry.items() if "probe" in k}
+    assert set(asked) == {2, 4} and all(0 <= accuracy <= 1 for accuracy in asked.values())
+    assert (trainer_dir(trainer) / "training.png").stat().st_size > 1000
+    # Being asked changes nothing.
+    make_trainer(plain, stage="distillation", max_steps=4).train()
+    expected = weights_of(plain)
+    for name, weight in weights_of(student).items():
+        assert torch.equal(weight, expected[name]), name
+    with pytest.raises(ValueError, match="every 0 steps"):
+        make_trainer(student, probe_steps=0)
+
+
 class Poison(TrainerCallback):
     """Makes one parameter not finite after a step, as an overflow would."""
 

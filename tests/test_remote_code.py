@@ -31,7 +31,7 @@ FLOORS = [
     {"probe_rows", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
     | {"head_curves", "text_scores", "head_kinds", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
-    | {"placement", "teaching"}
+    | {"placement", "teaching", "watching"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
     {"workshop", "estimates", "actions", "pipeline", "distill", "verbs"},
     {"cli"},

@@ -67,6 +67,12 @@ class RadDistillationConfig(SFTConfig):
             Take the loss at this many random positions of each sequence instead of all: an unbiased estimate that
             saves most of the heads' products. A resumed run draws the same positions.
 
+        > Parameters that control what is seen of the run
+
+        probe_steps (`int`, *optional*):
+            Ask the student 40 questions of key-value retrieval (JSON, 20 pairs) every this many steps and log the
+            accuracy. A picture of the run is drawn into the output folder in any case.
+
         > Parameters that control the optimisation
 
         mixer_learning_rate (`float`, *optional*):
@@ -151,6 +157,11 @@ class RadDistillationConfig(SFTConfig):
     ce_weight: float = field(default=0.0, metadata={"help": "Weight of the cross-entropy of the data."})
     kl_positions: int | None = field(
         default=None, metadata={"help": "Random positions of each sequence that the loss is taken at; default all."}
+    )
+
+    # Parameters that control what is seen of the run
+    probe_steps: int | None = field(
+        default=None, metadata={"help": "Ask a retrieval probe every this many steps and log the accuracy."}
     )
 
     # Parameters that control the optimisation

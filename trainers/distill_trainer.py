@@ -39,9 +39,12 @@ from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sam
 from trainers.packing import TEACHER_COLUMNS, DocumentCollator
 from trainers.placement import place_teacher, shared_frozen_tensors, whole
 from trainers.precision import resolve_dtype
+from trainers.probes import KVRetrieval
+from trainers.tasks import ProbeTask
 from trainers.teachers import load_teacher, teacher_identity
 from trainers.teaching import Taught
 from trainers.trl_compat import redirect_forward
+from trainers.watching import PlotCallback, ProbeCallback
 
 
 # What conversion adds to the teacher: the only part that alignment trains.
@@ -57,6 +60,7 @@ BODY_INPUTS = (
     "max_length_k",
 )
 LAYER_ERRORS = "layer_errors.jsonl"
+PROBE_QUESTIONS = 40
 
 
 class NonFiniteError(ValueError):
@@ -218,6 +222,10 @@ class RadDistillationTrainer(SFTTrainer):
         self.teacher_model = None
         if teacher is not None:
             self.teacher_model = place_teacher(self.accelerator, teacher.requires_grad_(False).eval())
+        self.add_callback(PlotCallback())
+        if args.probe_steps is not None:
+            probe = KVRetrieval(format="json", pairs=20, shots=2, queries=4)
+            self.add_callback(ProbeCallback(self, ProbeTask(probe, PROBE_QUESTIONS), args.probe_steps))
         # Sums since the last log: name -> [numerators, denominators], each a number or one value a layer.
         self._totals = {"train": {}, "eval": {}}
 

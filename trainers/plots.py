@@ -185,6 +185,44 @@ def accuracy_curves(
     _save(figure, path)
 
 
+def training_curves(curves: dict[str, list[tuple[int, float]]], path: str | os.PathLike, title: str) -> None:
+    """
+    Draws what a training run logged against the tokens seen: losses on the left, accuracies, if any, on the right.
+
+    Args:
+        curves (`dict[str, list[tuple[int, float]]]`):
+            Name -> (tokens, value). Names that begin with `probe_accuracy/` are accuracies.
+        path (`str` or `os.PathLike`):
+            PNG file to write.
+        title (`str`):
+            Line above the figure.
+
+    Raises:
+        `ValueError`: when there is no curve.
+    """
+    if not curves:
+        raise ValueError("There is nothing to draw: no curve was given.")
+    accuracies = {name: points for name, points in curves.items() if name.startswith("probe_accuracy/")}
+    losses = {name: points for name, points in curves.items() if name not in accuracies}
+    panels = [panel for panel in (losses, accuracies) if panel]
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for colour, (name, points) in zip(BAR_COLOURS[1:] * len(panel), panel.items(), strict=False):
+            axes.plot(
+                *zip(*points, strict=True), linewidth=2, color=colour, label=name.removeprefix("probe_accuracy/")
+            )
+        if panel is accuracies:
+            _accuracy_axis(axes)
+        else:
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(colors=INK, labelsize=9)
+        axes.set_xlabel("tokens", color=INK, fontsize=10)
+        axes.legend(frameon=False, fontsize=9)
+    figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.02, ha="left")
+    _save(figure, path)
+
+
 def attention_pattern(
     weights: list[list[float]], tokens: list[str], path: str | os.PathLike, title: str, marked: dict[str, list[int]]
 ) -> None:

@@ -1,0 +1,66 @@
+"""
+What can be seen of a training run beside its losses: answers to probes while it lasts, and a picture of it in the end.
+
+    trainer.add_callback(ProbeCallback(trainer, ProbeTask(KVRetrieval(pairs=20), 40), every=100))
+    trainer.add_callback(PlotCallback())
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback
+
+from trainers.plots import training_curves
+from trainers.tasks import ProbeTask
+
+
+PLOT = "training.png"
+
+
+class ProbeCallback(TrainerCallback):
+    """
+    Asks a probe every some steps and logs the accuracy, to whatever `report_to` names too.
+
+    Args:
+        trainer ([`~trainers.distill_trainer.RadDistillationTrainer`]):
+            The trainer; its student answers, on the main process, so it must not be sharded.
+        task ([`~trainers.tasks.ProbeTask`]):
+            What is asked. The same questions each time.
+        every (`int`):
+            Steps between.
+        batch_size (`int`, *optional*, defaults to 16):
+            Prompts generated for at once.
+    """
+
+    def __init__(self, trainer, task: ProbeTask, every: int, batch_size: int = 16):
+        if every < 1:
+            raise ValueError(f"A probe cannot be asked every {every} steps; give at least 1.")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("A sharded student cannot answer probes in mid-run; evaluate its checkpoints instead.")
+        self.trainer, self.task, self.every, self.batch_size = trainer, task, every, batch_size
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        student, was_training = self.trainer.accelerator.unwrap_model(model), model.training
+        # Generating draws nothing, but a resumed run must find the random state of an unbroken one in any case.
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            tokenizer = self.trainer.processing_class
+            accuracy = self.task.measure(student.eval(), tokenizer, self.batch_size, args.seed, progress=False)
+        model.train(was_training)
+        self.trainer.log({f"probe_accuracy/{self.task.name}": accuracy})
+
+
+class PlotCallback(TrainerCallback):
+    """Draws losses and probe accuracies against tokens into `training.png` of the output folder."""
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for entry in state.log_history:
+            for name, value in entry.items():
+                if name in ("relative_error", "kl", "divergence") or name.startswith("probe_accuracy/"):
+                    curves.setdefault(name, []).append((entry.get("num_input_tokens_seen", entry["step"]), value))
+        if curves:
+            training_curves(curves, Path(args.output_dir) / PLOT, Path(args.output_dir).name)
