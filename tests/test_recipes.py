@@ -1,10 +1,13 @@
 """Every shipped recipe is one, and a dry run tells what its stages cost from the teacher's configuration alone."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
 from transformers import LlamaConfig, Qwen2Config
 
 from trainers.cli import main
@@ -60,6 +63,16 @@ def test_a_dry_run_estimates_every_stage(tmp_path, name, config, size):
     # Six operations for each trained weight and token, two for the teacher's; no stage gets by with less.
     assert distill.flops > 8 * distill.trained * distill.tokens * 0.9
     assert align.bytes < distill.bytes and long.seconds == pytest.approx(long.flops / 4e14)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_can_read_the_example_configurations(path):
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[path.stem]
+    if path.stem == "fsdp2":
+        keys = {key.removeprefix("fsdp_") for key in config.fsdp_config}
+        known = {item.name for item in dataclasses.fields(FullyShardedDataParallelPlugin)} | {"version"}
+        assert keys <= known
 
 
 def test_a_dry_run_misses_data_that_is_gone(tmp_path, tiny_llama, tiny_tokenizer, capsys, monkeypatch):
