@@ -2,7 +2,7 @@
 What a recipe's stages will cost, from shapes alone: nothing is loaded, the student is built on the meta device.
 
 Memory counts weights, gradients, Adam's two moments and the hidden states that are kept; time is that of the matrix
-products at the rate measured here, so a run takes longer than it, and never less.
+products at the rate measured here: a run takes longer, unless the machine was busy while that was measured.
 """
 
 import math
