@@ -10,6 +10,7 @@ gate (silu(z) = 1), an identity convolution, no skip, a fixed decay, and its col
 Shape letters: D model width, H heads, P head dim, N state.
 """
 
+import copy
 import math
 
 import torch
@@ -72,7 +73,7 @@ def convert(
         _convert_layer(layer.mixer, source, config, config.kept_heads[index], generator)
     student.tie_weights()
     if teacher.generation_config is not None:
-        student.generation_config = teacher.generation_config
+        student.generation_config = copy.deepcopy(teacher.generation_config)
     return student
 
 
