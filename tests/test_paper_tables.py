@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from benchmarks.paper.carry import split_files
 from benchmarks.paper.cell import BY_NAME, CELLS, GOOD, RECIPE, SCORES, Clock, Deadline, cell_recipe
 from benchmarks.paper.data import DATA_RECIPE, draw_rows
 from benchmarks.paper.figures import draw_curves
@@ -210,3 +211,17 @@ def test_a_job_that_wants_a_whole_gpu_gets_it_before_smaller_ones(tmp_path):
     while floor.busy:
         ended += [one.name for one in floor.turn()]
     assert whole.done.read_text() == "0" and ended.index("whole") < ended.index("small-3")
+
+
+def test_parts_hold_every_byte_and_no_more_than_they_may(tmp_path):
+    files = []
+    for name, size in (("small", 30), ("large", 250), ("last", 20)):
+        (tmp_path / name).write_bytes(bytes(range(256))[:size])
+        files.append((tmp_path / name, name))
+    parts = split_files(files, 100)
+    assert [sum(len(content) for content, _ in part) for part in parts] == [100, 100, 100]
+    joined = {}
+    for content, name in (piece for part in parts for piece in part):
+        joined[name.split(".")[0]] = joined.get(name.split(".")[0], b"") + content
+    assert joined == {name: path.read_bytes() for path, name in files}
+    assert [name for part in parts for _, name in part] == ["small", "large.00", "large.01", "large.02", "last"]
