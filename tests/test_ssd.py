@@ -101,8 +101,8 @@ def test_state_stays_float32_under_bfloat16():
 
 
 def test_gradients_of_packed_rows_are_exact_under_fast_decays():
-    x, log_a, B, C, _ = inputs(128, 8, "extreme")
-    idx = torch.tensor([[0] * 41 + [1] * 18 + [2] * 69, [0] * 128])
+    x, log_a, B, C, _ = inputs(200, 8, "extreme")
+    idx = torch.tensor([[0] * 66 + [1] * 134] * 2)
     leaves = [t.clone().requires_grad_() for t in (x, log_a, B, C)]
     doubles = [t.double().requires_grad_() for t in (x, log_a, B, C)]
     weight = torch.randn_like(x)
