@@ -19,6 +19,7 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -585,6 +586,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve a Hub of one's own until interrupted.")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     hub = HubServer().start(parser.parse_args().port)
+    # Set outright: a shell's background job starts with interrupts ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={hub.token('alice')} HF_HUB_DISABLE_XET=1", flush=True)
     try:
         threading.Event().wait()

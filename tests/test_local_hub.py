@@ -1,6 +1,7 @@
 """The way for somebody without an account: publish to the checkout's own server, load from there."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -57,10 +58,13 @@ def test_a_recipe_names_the_user_of_the_server():
 
 
 def test_server_is_gone_afterwards():
+    # A shell's background job has interrupts ignored, and so have its children.
+    interrupts = signal.signal(signal.SIGINT, signal.SIG_IGN)
     with local_hub() as environment:
         code = "import sys; from huggingface_hub import HfApi; print(HfApi().whoami()['name'])"
         process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert process.stdout.strip() == "alice"
+    signal.signal(signal.SIGINT, interrupts)
     process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert process.returncode
 

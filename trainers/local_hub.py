@@ -12,7 +12,6 @@ imported, so publishing runs in a process of its own.
 import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -81,8 +80,7 @@ def local_hub() -> Iterator[dict[str, str]]:
             quiet = {"HF_HOME": home, "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
             yield {**caches, **quiet, **dict(word.split("=", 1) for word in words)}
         finally:
-            # An interrupt, so that it deletes what was uploaded.
-            process.send_signal(signal.SIGINT)
+            process.terminate()  # it deletes what was uploaded
             process.wait()
             process.stdout.close()
 
