@@ -5,7 +5,7 @@ Packs a run for a machine without network into parts of limited size, each a fol
         --wheels wheels --out parts --seconds 560
 
 Copied over one after another, `bash PART/run.sh` in each unpacks it below `/opt/rad` there (or `$RAD`); the last one's
-starts everything in the background, in a session of its own: the check of the kernels, the teacher, every student.
+starts everything in the background, detached: the check of the kernels, the teacher, every student.
 `$RAD/go.log` tells how far it is, `$RAD/DONE` appears in the end, whatever the end was. The wheels are those of
 packages that the machine lacks (`trl`, `datasets`, `dill`, `multiprocess`, `gguf`).
 """

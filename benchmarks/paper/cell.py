@@ -133,7 +133,7 @@ class Clock:
 class Deadline(TrainerCallback):
     """
     Ends a run at a given second, its rates brought down before: a warmup-stable-decay schedule by the clock, for a
-    machine that is lent by the minute. The schedule of the trainer is to be `constant_with_warmup`.
+    machine that is paid by the minute. The schedule of the trainer is to be `constant_with_warmup`.
 
     Args:
         clock ([`Clock`]):

@@ -106,7 +106,7 @@ class Run:
             if self.floor.turn():
                 self.write_status()
             if GOOD.name in self.floor.failed:
-                # Time is lent by the second: whoever watches must see it at once.
+                # Time costs by the second: whoever watches must see it at once.
                 raise SystemExit(f"The good student failed twice; see {self.out / 'logs' / 'good.log'}.")
             if self.left < args.last_start:
                 self.give_up_late()
