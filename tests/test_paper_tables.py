@@ -213,6 +213,21 @@ def test_a_job_that_wants_a_whole_gpu_gets_it_before_smaller_ones(tmp_path):
     assert whole.done.read_text() == "0" and ended.index("whole") < ended.index("small-3")
 
 
+def test_the_last_gpu_takes_no_job_before_it_opens(tmp_path):
+    opens = tmp_path / "open"
+    floor = Floor(tmp_path, gpus=2, opens=opens)
+    write = "import pathlib, os; pathlib.Path({!r}).write_text(os.environ['CUDA_VISIBLE_DEVICES'])"
+    first, second = (job(tmp_path, name, write.format(str(tmp_path / f"{name}.done"))) for name in ("first", "second"))
+    floor.add("measurement", first)
+    while floor.busy:
+        floor.turn()
+    opens.touch()
+    floor.add("measurement", second)
+    while floor.busy:
+        floor.turn()
+    assert (first.done.read_text(), second.done.read_text()) == ("0", "1")
+
+
 def test_parts_hold_every_byte_and_no_more_than_they_may(tmp_path):
     files = []
     for name, size in (("small", 30), ("large", 250), ("last", 20)):

@@ -71,10 +71,12 @@ class Floor:
             GPUs, numbered from 0.
         trainings (`int`, *optional*, defaults to 5), measurements (`int`, *optional*, defaults to 2):
             Slots of each kind on one GPU.
+        opens (`Path`, *optional*):
+            The last GPU takes no job before this file is there: other work has it until then.
     """
 
-    def __init__(self, out: Path, gpus: int, trainings: int = 5, measurements: int = 2):
-        self.out, self.gpus = out, gpus
+    def __init__(self, out: Path, gpus: int, trainings: int = 5, measurements: int = 2, opens: Path | None = None):
+        self.out, self.gpus, self.opens = out, gpus, opens
         self.most = {"training": trainings, "measurement": measurements}
         self.waiting: dict[str, list[Job]] = {"training": [], "measurement": []}
         self.running: dict[str, list[Job]] = {"training": [], "measurement": []}
@@ -113,7 +115,7 @@ class Floor:
 
     def _free(self, kind: str, job: Job) -> int | None:
         """The GPU that a job can start on."""
-        most = self.most[kind]
+        most, closed = self.most[kind], self.opens is not None and not self.opens.exists()
         taken = [sum(one.slots for one in self.running[kind] if one.gpu == gpu) for gpu in range(self.gpus)]
         kept = {
             one.wants
@@ -124,6 +126,7 @@ class Floor:
             gpu
             for gpu in (range(self.gpus) if job.wants is None else [job.wants])
             if taken[gpu] + job.slots <= most and (job.slots >= most or gpu not in kept)
+            if not (closed and gpu == self.gpus - 1)
         ]
         if not free:
             return None

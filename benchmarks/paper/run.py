@@ -50,11 +50,12 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.gpus = args.workers or max(1, torch.cuda.device_count())
         # A lone GPU has room for the good student, a cell and an alignment.
-        self.floor = Floor(self.out, self.gpus, SLOTS if self.gpus > 1 else SLOTS + 1)
+        self.floor = Floor(self.out, self.gpus, SLOTS if self.gpus > 1 else SLOTS + 1, opens=args.opens)
         plan = self.out / "plan.json"
         if not plan.exists():
             began = time.time()
-            write_json(plan, {"began": began, "until": began + args.seconds, "gpus": self.gpus, **vars(args)})
+            options = {**vars(args), "opens": args.opens and str(args.opens)}
+            write_json(plan, {"began": began, "until": began + args.seconds, "gpus": self.gpus, **options})
         self.until = read_json(plan)["until"]
 
     @property
@@ -172,6 +173,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--most-tokens", type=int, default=163_840_000, help="most that the good student can see")
     parser.add_argument("--cell-align-tokens", type=int, default=1_048_576, help="alignment of each cell")
     parser.add_argument("--cell-tokens", type=int, default=8_388_608, help="distillation of each cell")
+    parser.add_argument(
+        "--opens", type=Path, metavar="FILE", help="the last GPU takes no job before this file is there"
+    )
     parser.add_argument("--workers", type=int, help="GPUs (default: all)")
     parser.add_argument("--backend", default="auto", help="back end of the scan (auto, torch, triton)")
     parser.add_argument("--collect", metavar="FILE", help="only pack the small files of the run into this archive")
