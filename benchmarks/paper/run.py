@@ -93,7 +93,8 @@ class Run:
             # Conversion and alignment wait for their CPU most of the time: one of them fits beside two cells.
             aligned = self.out / cell.name / "alignment" / TRAINING
             command = self.cell(cell.name, args.cell_align_tokens, 0)
-            job = Job(f"{cell.name}-start", command, aligned, wants=self.gpus - 1, again=CAREFUL)
+            beside = None if args.opens else self.gpus - 1
+            job = Job(f"{cell.name}-start", command, aligned, wants=beside, again=CAREFUL)
             if number >= FIRST_WAVE:
                 # By then the cells before have taken their places.
                 job.waits_for = self.out / CELLS[0 if self.gpus == 1 else FIRST_WAVE - 2].name / "watch.jsonl"
