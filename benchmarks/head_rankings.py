@@ -13,6 +13,7 @@ import argparse
 import itertools
 from pathlib import Path
 
+from trainers.ablation import tokens_at_once
 from trainers.evaluation import hardware, versions
 from trainers.files import read_json, write_json
 from trainers.head_compare import overlap, spearman
@@ -20,10 +21,10 @@ from trainers.head_curves import curve, greedy
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import score_heads
 from trainers.plots import accuracy_curves
-from trainers.probe_rows import pack
+from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import KVRetrieval
 from trainers.recipe import Recipe
-from trainers.screens import SAMPLED, SCREENS, screen_heads
+from trainers.screens import SCREENS, screen_heads
 from trainers.workshop import Workshop
 
 
@@ -71,9 +72,7 @@ def screened(workshop, probe, seed: int, screen: str, args, out: Path) -> list[t
 
     def measure() -> dict:
         examples = probe.examples(args.num_examples, seed)
-        batches = pack(workshop.tokenizer, examples, 1, workshop.teacher.device)
-        batches = batches[::SAMPLED] if screen == "sample" else batches
-        return {"table": screen_heads(workshop.teacher, workshop.tokenizer, batches, screen)}
+        return {"table": screen_heads(workshop.teacher, workshop.tokenizer, examples, screen)}
 
     table = kept(out / f"{screen}-{probe.format}-{seed}.json", measure)["table"]
     pairs = [(layer, head) for layer, row in enumerate(table) for head in range(len(row))]
@@ -84,9 +83,8 @@ def greedily(workshop, probe, seed: int, scores: HeadScores, args, out: Path) ->
     """The best heads, each looked for beside those that are removed already."""
 
     def measure() -> dict:
-        examples = probe.examples(args.greedy_examples, seed)
-        batches = pack(workshop.tokenizer, examples, 1, workshop.teacher.device)
         pool = scores.ranking()[: args.pool]
+        batches = questions(workshop, probe, args.greedy_examples, seed, len(pool))
         return greedy(workshop.teacher, workshop.tokenizer, batches, pool, args.steps).to_dict()
 
     return [tuple(pair) for pair in kept(out / f"greedy-{probe.format}-{seed}.json", measure)["order"]]
@@ -98,8 +96,8 @@ def draw(workshop, probe, seed: int, scores: HeadScores, args, out: Path) -> Non
     def measure() -> dict:
         every, order = scores.teacher.num_heads, scores.ranking()
         counts = [0, *(2**i for i in range(every.bit_length()) if 2**i < every), every]
-        examples = probe.examples(args.num_examples, seed + 1000)  # other questions than those that chose the order
-        batches = pack(workshop.tokenizer, examples, 1, workshop.teacher.device)
+        # Other questions than those that chose the order.
+        batches = questions(workshop, probe, args.num_examples, seed + 1000, len(counts))
         curves = {}
         for mode, ablation in itertools.product(("keep", "remove"), ("zero", "mean")):
             one = curve(workshop.teacher, workshop.tokenizer, batches, order, counts, mode, ablation)
@@ -115,13 +113,17 @@ def draw(workshop, probe, seed: int, scores: HeadScores, args, out: Path) -> Non
         print(f"  {name:26s}", *(f"{count}: {value:.2f}" for count, value in zip(counts, accuracies, strict=True)))
 
 
+def questions(workshop, probe, number: int, seed: int, copies: int) -> list[PackedExamples]:
+    """Questions in batches of which so many copies fit into a forward call."""
+    model, examples = workshop.teacher, probe.examples(number, seed)
+    return pack(workshop.tokenizer, examples, None, model.device, tokens=tokens_at_once(model, None) // copies)
+
+
 def overlaps(rankings: dict, args) -> dict:
     """Prints and returns how alike the rankings are."""
 
     def mean(pairs: list[tuple], count: int) -> float | None:
-        values = [
-            overlap(one, two, count) for one, two in pairs if min(len(one), len(two)) >= count
-        ]
+        values = [overlap(one, two, count) for one, two in pairs if min(len(one), len(two)) >= count]
         return sum(values) / len(values) if values else None
 
     reference = {key[:2]: order for key, order in rankings.items() if key[2] == "ablation"}

@@ -1,16 +1,17 @@
 """
 Head scoring against its naive form: seconds, ratio, the difference of the scores, and what a screen finds.
 
-    python -m benchmarks.head_scoring                                    SmolLM2-135M-Instruct, on the GPU where there is one
-    python -m benchmarks.head_scoring --num-examples 4 --seeds 0         a rehearsal
+    python -m benchmarks.head_scoring --num-examples 40                  SmolLM2-135M-Instruct on a GPU
+    python -m benchmarks.head_scoring --num-examples 2 --layers 3 --seeds 0 --screens damped --speed-only   on a CPU
 
-Both sides answer the same questions with the same heads ablated, in the same process. Naive is one head at a time and
-one prompt at a time, a whole forward pass of the whole prompt with a hook on the head's `o_proj`. It is measured on
-`--layers` layers that stand for equal stretches of the depth, and so is ours; what they took is multiplied up to all
+Both sides answer the same questions with the same heads ablated, in the same process. Naive is one head at a time, a
+whole forward pass of whole prompts with a hook on the head's `o_proj`; of one prompt a pass, and on a GPU, which is
+idle most of such a pass, also of all prompts at once (`--naive-batch`). Ratios are to the faster form. It is measured
+on `--layers` layers that stand for equal stretches of the depth, and so is ours; what they took is multiplied up to all
 layers by the same number for both. On a CPU the ratio is that of the processor seconds of the process, which other
-processes of the machine do not change; on a GPU that of the clock. Questions share nothing (`--queries 1`) unless asked to: with 10 questions on one
-dictionary ours reads what they share once. The screened scores are measured whole, for every seed, and compared with
-the exact ones.
+processes of the machine do not change; on a GPU that of the clock. Questions share nothing (`--queries 1`) unless asked
+to: with 10 questions on one dictionary ours reads what they share once. The screened scores are measured whole, for
+every seed, and compared with the exact ones.
 """
 
 import argparse
@@ -27,27 +28,25 @@ from trainers.head_scoring import score_heads
 from trainers.probe_rows import pack
 from trainers.probes import EncodedAnswer, KVRetrieval, is_correct
 from trainers.recipe import Recipe
-from trainers.screens import SCREENS
+from trainers.screens import SCREENS, screen_heads
 from trainers.workshop import Workshop, default_device
 
 
 def main() -> None:
     args = parse()
-    torch.manual_seed(0)
     workshop = Workshop(Recipe(teacher=args.teacher))
     model, tokenizer = workshop.teacher, workshop.tokenizer
     probe = KVRetrieval(format=args.format, pairs=args.pairs, shots=2, queries=args.queries)
-    print(f"{workshop.teacher_name}, {probe.name}, {args.num_examples} questions, {hardware()}, {versions()}")
+    print(
+        f"{workshop.teacher_name}, {probe.name}, {args.num_examples} questions, {hardware()}, {versions()}", flush=True
+    )
     result = {"hardware": hardware(), "versions": versions(), "probe": probe.settings(), "examples": args.num_examples}
     result["exact"] = exact(model, tokenizer, probe, args)
-    result["screens"] = [
-        line
-        for seed in args.seeds
-        if args.screens
-        for line in screened(model, tokenizer, probe, args, seed, result["exact"]["naive_s"])
-    ]
-    if args.out:
-        write_json(args.out, result)
+    result["screens"] = []
+    for seed in args.seeds if args.screens else []:
+        result["screens"] += screened(model, tokenizer, probe, args, seed, result["exact"]["naive_s"])
+        if args.out:
+            write_json(args.out, result)
 
 
 def exact(model, tokenizer, probe, args) -> dict:
@@ -57,43 +56,59 @@ def exact(model, tokenizer, probe, args) -> dict:
     chosen = sorted({(2 * i + 1) * layers // (2 * args.layers) for i in range(args.layers)})
     factor = layers / len(chosen)
     examples = probe.examples(args.num_examples, args.seeds[0])
+    prompts = [EncodedAnswer.of(tokenizer, example) for example in examples]
     with inference(model, None):
-        ours(model, tokenizer, examples[:2], chosen[-1:])  # warms both up
-        naive(model, tokenizer, examples[:2], chosen[-1:], heads)
-        base = [plain(model, tokenizer, example) for example in examples]
-        seconds = {}
-        for layer in chosen:
-            seconds[layer] = [timed(ours, model, tokenizer, examples, [layer])]
-            seconds[layer].append(timed(naive, model, tokenizer, examples, [layer], heads))
+        ours(model, tokenizer, examples, chosen[-1:])  # warms both up
+        for size in args.naive_batch:
+            whole = plain(model, tokenizer, examples, prompts, size)
         fixed, _ = timed(ours, model, tokenizer, examples, [])
-    worst_accuracy = worst_log_prob = 0.0
-    for (_, mine), (_, theirs) in seconds.values():
-        for (right, value), (naive_right, naive_value) in zip(mine, theirs, strict=True):
-            worst_accuracy = max(worst_accuracy, abs(right - naive_right) / len(examples))
-            worst_log_prob = max(worst_log_prob, abs(value - naive_value) / len(examples))
+        mine = {layer: timed(ours, model, tokenizer, examples, [layer]) for layer in tqdm(chosen, desc="ours")}
+        theirs = {
+            size: {layer: timed(naive, model, tokenizer, examples, prompts, layer, size) for layer in chosen}
+            for size in args.naive_batch
+        }
     # Reading the examples once is not done again for every layer.
-    ours_s = fixed + factor * sum(max(pair[0][0] - fixed, 0.0) for pair in seconds.values())
-    naive_s = factor * sum(pair[1][0] for pair in seconds.values())
+    ours_s = fixed + factor * sum(max(seconds - fixed, 0.0) for seconds, _ in mine.values())
+    naive_s = {size: factor * sum(seconds for seconds, _ in table.values()) for size, table in theirs.items()}
     print(
-        f"whole model: accuracy {sum(right for right, _ in base) / len(base):.2f}; layers {chosen} of {layers}, all "
-        f"{heads} heads of each\n"
-        f"naive {naive_s:.1f} s, ours {ours_s:.1f} s for all {layers * heads} heads: ratio {naive_s / ours_s:.2f}; "
-        f"greatest difference {worst_accuracy:g} in accuracy, {worst_log_prob:.1e} in log-probability ({model.dtype})"
+        f"whole model: accuracy {whole[0] / len(examples):.2f}; layers {chosen} of {layers}, all {heads} heads of each"
     )
+    print(f"ours {ours_s:.1f} s for all {layers * heads} heads, in batches of {tokens_at_once(model, None)} tokens")
+    differences = {}
+    for size, table in theirs.items():
+        differences[size] = accuracy, log_prob = difference(mine, table, len(examples))
+        print(
+            f"naive, {size} prompts a pass: {naive_s[size]:.1f} s, ratio {naive_s[size] / ours_s:.2f}; greatest "
+            f"difference {accuracy:g} in accuracy, {log_prob:.1e} in log-probability ({model.dtype})",
+            flush=True,
+        )
     return {
         "layers": chosen,
-        "naive_s": naive_s,
         "ours_s": ours_s,
-        "ratio": naive_s / ours_s,
-        "by_layer_s": {str(layer): [pair[0][0], pair[1][0]] for layer, pair in seconds.items()},
-        "accuracy_difference": worst_accuracy,
-        "log_prob_difference": worst_log_prob,
+        "naive_s": min(naive_s.values()),
+        "ratio": min(naive_s.values()) / ours_s,
+        "naive": [
+            {
+                "prompts": size,
+                "seconds": naive_s[size],
+                "accuracy_difference": accuracy,
+                "log_prob_difference": log_prob,
+            }
+            for size, (accuracy, log_prob) in differences.items()
+        ],
     }
+
+
+def difference(mine: dict, theirs: dict, number: int) -> tuple[float, float]:
+    """Greatest difference of a head's accuracy and mean log-probability between two tables of sums."""
+    pairs = [pair for layer in mine for pair in zip(mine[layer][1], theirs[layer][1], strict=True)]
+    return tuple(max(abs(one[i] - two[i]) for one, two in pairs) / number for i in (0, 1))
 
 
 def screened(model, tokenizer, probe, args, seed: int, naive_s: float) -> list[dict]:
     """The exact scores of all heads for one seed, and those behind each screen."""
     options = {"num_examples": args.num_examples, "seed": seed, "min_accuracy": 0.0}
+    examples = probe.examples(args.num_examples, seed)
     if args.speed_only:
         for screen in args.screens:
             options |= {"screen": screen, "num_survivors": args.survivors}
@@ -107,6 +122,7 @@ def screened(model, tokenizer, probe, args, seed: int, naive_s: float) -> list[d
     for screen in args.screens:
         chosen = {"screen": screen, "num_survivors": args.survivors}
         seconds, scores = timed(score_heads, model, tokenizer, probe, **options, **chosen)
+        alone_s, _ = timed(screen_heads, model, tokenizer, examples, screen)
         table = scores.screened
         order = sorted(best, key=lambda pair: -table[pair[0]][pair[1]])
         line = {
@@ -114,10 +130,11 @@ def screened(model, tokenizer, probe, args, seed: int, naive_s: float) -> list[d
             "screen": screen,
             "survivors": args.survivors,
             "seconds": seconds,
+            "screen_s": alone_s,
             "exact_s": full_s,
             "ratio_to_naive": naive_s / seconds,
             "ratio_to_exact": full_s / seconds,
-            "same_top_8": scores.ranking()[:8] == best[:8],
+            "same_top_8": set(scores.ranking()[:8]) == set(best[:8]),
             "overlap_8": overlap(scores.ranking(), best, 8),
             "overlap_20": overlap(scores.ranking(), best, 20),
             "screen_alone_8": overlap(order, best, 8),
@@ -126,10 +143,11 @@ def screened(model, tokenizer, probe, args, seed: int, naive_s: float) -> list[d
         }
         lines.append(line)
         print(
-            f"  {screen:12s} {args.survivors} survivors: {seconds:.1f} s, {naive_s / seconds:.1f} times naive; exact top "
-            f"8 {'named' if line['same_top_8'] else 'NOT named'}, overlap@8 {line['overlap_8']:.2f}, @20 "
+            f"  {screen:12s} {args.survivors} survivors: {seconds:.1f} s, {naive_s / seconds:.1f} times naive (the screen by "
+            f"itself {alone_s:.1f} s); exact top 8 {'named' if line['same_top_8'] else 'NOT named'}, overlap@8 {line['overlap_8']:.2f}, @20 "
             f"{line['overlap_20']:.2f}; the screen alone: @8 {line['screen_alone_8']:.2f}, @20 "
-            f"{line['screen_alone_20']:.2f}, last of the top 8 at rank {line['last_of_top_8']}"
+            f"{line['screen_alone_20']:.2f}, last of the top 8 at rank {line['last_of_top_8']}",
+            flush=True,
         )
     return lines
 
@@ -152,34 +170,44 @@ def ours(model, tokenizer, examples, layers: list[int]) -> list[tuple[int, float
     return [sums[key] for key in sorted(sums)]
 
 
-def naive(model, tokenizer, examples, layers: list[int], heads: int) -> list[tuple[int, float]]:
-    """The same by whole forward passes, one head and one prompt at a time."""
-    size, sums = model.config.head_dim, []
-    for layer in layers:
-        o_proj = attention_layers(model)[layer].self_attn.o_proj
-        for head in tqdm(range(heads), desc=f"naive, layer {layer}", leave=False):
+def naive(model, tokenizer, examples, prompts, layer: int, size: int) -> list[tuple[int, float]]:
+    """The same by whole forward passes of `size` prompts, one head at a time."""
+    width, sums = model.config.head_dim, []
+    o_proj = attention_layers(model)[layer].self_attn.o_proj
+    for head in tqdm(range(model.config.num_attention_heads), desc=f"naive, layer {layer}", leave=False):
 
-            def zero(module, args, part=slice(head * size, (head + 1) * size)):
-                changed = args[0].clone()
-                changed[..., part] = 0
-                return (changed,)
+        def zero(module, args, part=slice(head * width, (head + 1) * width)):
+            changed = args[0].clone()
+            changed[..., part] = 0
+            return (changed,)
 
-            hook = o_proj.register_forward_pre_hook(zero)
-            answers = [plain(model, tokenizer, example) for example in examples]
-            hook.remove()
-            sums.append((sum(right for right, _ in answers), sum(value for _, value in answers)))
+        hook = o_proj.register_forward_pre_hook(zero)
+        sums.append(plain(model, tokenizer, examples, prompts, size))
+        hook.remove()
     return sums
 
 
-def plain(model, tokenizer, example) -> tuple[bool, float]:
-    """Whether greedy generation would give the answer, and its log-probability, from one plain forward pass."""
-    one = EncodedAnswer.of(tokenizer, example)
-    ids = torch.tensor([one.context + one.target], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(one.context) - 1 :].float()
-    best = logits.argmax(-1).tolist()[: one.num_answer + 1]
-    value = logits[:-1].log_softmax(-1)[range(len(one.target)), one.target].double().sum().item()
-    text = tokenizer.decode(best, skip_special_tokens=True)
-    return best[:-1] == one.target[: one.num_answer] and is_correct(text, example.answer), value
+def plain(model, tokenizer, examples, prompts: list[EncodedAnswer], size: int) -> tuple[int, float]:
+    """How many answers greedy generation would give, and their summed log-probability, from plain forward passes."""
+    right, total = 0, 0.0
+    for first in range(0, len(prompts), size):
+        part = prompts[first : first + size]
+        longest = max(len(one.context + one.target) for one in part)
+        # Causal attention never looks at padding on the right.
+        ids = [one.context + one.target + [0] * (longest - len(one.context + one.target)) for one in part]
+        places = [(row, len(one.context) - 1 + i) for row, one in enumerate(part) for i in range(len(one.target) + 1)]
+        targets = [token for one in part for token in (*one.target, 0)]  # any will do after the answer's end
+        logits = model(input_ids=torch.tensor(ids, device=model.device), use_cache=False).logits  # [size, longest, V]
+        scored = logits[tuple(zip(*places, strict=True))].float()  # [S, V]
+        best, at = scored.argmax(-1).tolist(), 0
+        values = scored.log_softmax(-1)[range(len(targets)), targets].tolist()
+        for one, example in zip(part, examples[first:], strict=False):
+            answer = best[at : at + one.num_answer + 1]
+            is_right = is_correct(tokenizer.decode(answer, skip_special_tokens=True), example.answer)
+            right += answer[:-1] == one.target[: one.num_answer] and is_right
+            total += sum(values[at : at + len(one.target)])
+            at += len(one.target) + 1
+    return right, total
 
 
 def timed(call, *args, **options) -> tuple[float, object]:
@@ -208,9 +236,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--screens", nargs="*", default=list(SCREENS), help="none: leave the screens out")
     parser.add_argument("--survivors", type=int, default=48, help="heads that a screen lets through (default: 48)")
-    parser.add_argument("--speed-only", action="store_true", help="time the screens without the exact table of all heads")
+    parser.add_argument(
+        "--speed-only", action="store_true", help="time the screens without the exact table of all heads"
+    )
+    parser.add_argument(
+        "--naive-batch",
+        type=int,
+        nargs="+",
+        help="prompts of a naive forward pass (default: 1, and on a GPU also all of them)",
+    )
     parser.add_argument("--out", help="JSON file for the numbers")
-    return parser.parse_args()
+    args = parser.parse_args()
+    every = [args.num_examples] if default_device().type == "cuda" else []
+    args.naive_batch = args.naive_batch or [1, *every]
+    return args
 
 
 if __name__ == "__main__":

@@ -2,17 +2,20 @@
 Selectors at equal cache bytes: each makes a student of the same teacher, with the same fit, the same short alignment and
 the same questions. The budget is what `--layers` whole layers cost; heads are then cheaper or dearer as they share KV.
 
-    python -m benchmarks.selectors --out runs/selectors                                SmolLM2-135M-Instruct
-    python -m benchmarks.selectors --out runs/try --tokens 4096 --num-examples 8       a rehearsal
+    python -m benchmarks.selectors --out runs/selectors --tokens 1_048_576 --batch-tokens 16384 --rows 32 --prompts 100
+    python -m benchmarks.selectors --out runs/try --tokens 4096 --num-examples 8       a rehearsal on a CPU
 
 Everything lies in `--out` as soon as it is made, and is not made again when the command is given anew. It runs on the
 GPU where there is one. Prints one table and writes `selectors.json` and `selectors.png`.
 """
 
 import argparse
+import shutil
+import time
 from pathlib import Path
 
 from trainers import actions
+from trainers.ablation import tokens_at_once
 from trainers.data import token_batches
 from trainers.evaluation import hardware, versions
 from trainers.files import read_json, write_json
@@ -42,20 +45,34 @@ def main() -> None:
     workshop = Workshop(Recipe.from_dict(recipe(args)))
     scores = scored(workshop, args, out)
     maps = head_maps(workshop, scores, args, out)
-    suite = actions.suite(workshop.recipe.eval.tasks, workshop.recipe.data.probes)
     report = {}
     for name, head_map in maps.items():
-        folder = out / name
-        head_map.save(folder / "head_map.json")
-        if not (folder / "student").is_dir():
-            actions.convert_student(workshop, folder / "head_map.json", folder / "student")
-        if not (folder / "alignment" / "config.json").is_file():
-            settings = StageSettings(args.tokens, args.batch_tokens, {"mixer_learning_rate": 2e-3})
-            actions.train(workshop, folder / "student", folder / "alignment", "alignment", settings)
-        if not (folder / "measured.json").is_file():
-            write_json(folder / "measured.json", actions.measure_student(workshop, folder / "alignment", suite))
-        report[name] = {**read_json(folder / "measured.json"), "summary": head_map.summary}
+        if args.students and name not in args.students:
+            continue
+        begun = time.perf_counter()
+        measured = student(workshop, head_map, args, out / name.replace(" ", "-"))
+        report[name] = {**measured, "summary": head_map.summary}
+        print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
     show(report, budget(scores.teacher, args), args, out)
+
+
+def student(workshop, head_map: HeadMap, args, folder: Path) -> dict:
+    """Converts, fits, aligns and measures the student of a head map, as far as that is not done."""
+    converted, aligned, measured = folder / "student", folder / "alignment", folder / "measured.json"
+    head_map.save(folder / "head_map.json")
+    if not measured.is_file():
+        if not (aligned / actions.TRAINING).is_file():
+            if not converted.is_dir():
+                actions.convert_student(workshop, head_map, converted)
+                config = converted / "config.json"
+                write_json(config, read_json(config) | {"ssm_backend": args.backend})
+            at_once = {"per_device_train_batch_size": args.rows} if args.rows else {}
+            settings = StageSettings(args.tokens, args.batch_tokens, {"mixer_learning_rate": 2e-3, **at_once})
+            actions.train(workshop, converted, aligned, "alignment", settings)
+        suite = actions.suite(workshop.recipe.eval.tasks, workshop.recipe.data.probes)
+        write_json(measured, actions.measure_student(workshop, aligned, suite))
+        shutil.rmtree(converted, ignore_errors=True)
+    return read_json(measured)
 
 
 def recipe(args) -> dict:
@@ -69,6 +86,7 @@ def recipe(args) -> dict:
         "calibrate": {"tokens": args.fit_tokens},
         "eval": {
             "text_tokens": 8192,
+            "batch_size": args.prompts,
             "tasks": [
                 {"probe": {"name": "kv", "shots": 2, "queries": 4, **probe}, "num_examples": args.num_examples}
                 for probe in (
@@ -99,8 +117,9 @@ def head_maps(workshop, scores: HeadScores, args, out: Path) -> dict[str, HeadMa
     cache, teacher = budget(scores.teacher, args), scores.teacher
     if not (out / "layers.json").is_file():
         model, tokenizer = workshop.teacher, workshop.tokenizer
-        examples = probe_from_settings(ScoreSettings().probe).examples(40, args.seed)
-        batches = pack(tokenizer, examples, 1, model.device)
+        examples = probe_from_settings(ScoreSettings().probe).examples(args.num_examples, args.seed)
+        tokens = tokens_at_once(model, None) // teacher.num_hidden_layers
+        batches = pack(tokenizer, examples, None, model.device, tokens=tokens)
         text = token_batches(workshop.held_out_rows(args.text_tokens), 4)
         measured = {"probe": layers_by_probe(model, tokenizer, batches), "text": layers_by_text(model, text)}
         write_json(out / "layers.json", measured)
@@ -130,7 +149,13 @@ def show(report: dict, cache: CacheBudget, args, out: Path) -> None:
     accuracy_bars(bars, out / "selectors.png", f"Selectors at {cache.bytes / 1e6:.1f} MB of cache", "top groups")
     write_json(
         out / "selectors.json",
-        {"budget": cache.bytes, "tokens": cache.tokens, "trained": trained, "versions": versions(), "students": report},
+        {
+            "budget": cache.bytes,
+            "tokens": cache.tokens,
+            "trained": trained,
+            "versions": versions(),
+            "students": report,
+        },
     )
 
 
@@ -146,6 +171,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-tokens", type=int, default=2048, help="tokens of a step (default: 2048)")
     parser.add_argument("--text-tokens", type=int, default=8192, help="tokens of text for the KL-guided layers")
     parser.add_argument("--num-examples", type=int, default=100, help="questions of each task (default: 100)")
+    parser.add_argument("--rows", type=int, help="rows of 512 tokens that a step runs at once (default: at most 8)")
+    parser.add_argument("--prompts", type=int, default=25, help="questions asked at once (default: 25)")
+    parser.add_argument("--students", nargs="+", help="make these only; several commands can share the work")
+    parser.add_argument("--backend", default="auto", help="back end of the recurrence's scan (default: auto)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -373,7 +373,7 @@ def test_a_screen_is_the_gradient_of_the_gates(random_models, retriever):
     """The first order of a small change: gates of 1 and of 0.99."""
     model, tokenizer = random_models[0], retriever[1]
     (batch,) = pack(tokenizer, PROBE.examples(3), 1, model.device)
-    table = screen_heads(model, tokenizer, [batch], "attribution", progress=False)
+    table = screen_heads(model, tokenizer, batch.examples, "attribution", progress=False)
 
     def log_prob():
         with inference(model, None):

@@ -190,7 +190,7 @@ class Ablator:
     def _changes(self, layer: int, ablations: list[Heads], means: list[torch.Tensor] | None) -> list[Callable]:
         """For each outlet of the layer a hook that takes out the heads of each ablation."""
         device, total = self.model.device, sum(outlet.num_heads for outlet in self.outlets[layer])
-        kept = torch.ones(len(ablations), total, device=device)
+        kept = torch.ones(len(ablations), total)
         for row, heads in enumerate(ablations):
             slots = [slot for at, slot in heads if at == layer]
             if any(not 0 <= slot < total for slot in slots):
@@ -200,7 +200,7 @@ class Ablator:
         changes, start = [], 0
         for outlet in self.outlets[layer]:
             part = slice(start, start + outlet.num_heads)
-            changes.append(_change(kept[:, part], None if mean is None else mean[part]))
+            changes.append(_change(kept[:, part].to(device), None if mean is None else mean[part]))
             start += outlet.num_heads
         return changes
 
@@ -274,10 +274,10 @@ class HeadAblation(Ablator):
             best.append(logits.argmax(-1))
             log_probs.append(logits.gather(-1, target[:, :, None])[:, :, 0] - logits.logsumexp(-1))
         best = torch.cat(best, 1).tolist()
-        log_prob = torch.where(packed.target >= 0, torch.cat(log_probs, 1), 0.0).double()  # [n, S]
+        log_prob = torch.where(packed.target >= 0, torch.cat(log_probs, 1), 0.0).double().cpu()  # [n, S]
         sums = torch.stack([log_prob[:, first:last].sum(-1) for first, last in packed.spans], 1)  # [n, E]
         correct = [[self._is_right(i, tokens[slice(*span)]) for i, span in enumerate(packed.spans)] for tokens in best]
-        return Outcome(torch.tensor(correct), sums.cpu())
+        return Outcome(torch.tensor(correct), sums)
 
     def _ranked(self, scored: torch.Tensor) -> Outcome:
         """Whether each answer's first token is the likeliest of the candidates'; only their rows of the LM head."""

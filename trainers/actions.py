@@ -18,6 +18,7 @@ import torch
 from transformers import TrainerCallback
 
 from modeling_rad_hybrid import RadHybridForCausalLM
+from trainers.ablation import tokens_at_once
 from trainers.calibration import calibrate
 from trainers.conversion import convert, summary
 from trainers.data import token_batches
@@ -80,7 +81,12 @@ def score(workshop: Workshop, out: Path) -> HeadScores:
 
 
 def draw_curves(
-    workshop: Workshop, scores: HeadScores, counts: list[int], ablation: str, out: Path, num_examples: int | None = None
+    workshop: Workshop,
+    scores: HeadScores,
+    counts: list[int],
+    ablation: str,
+    out: Path,
+    num_examples: int | None = None,
 ) -> dict:
     """
     Measures the teacher with only the best heads of `scores` kept, and with them removed, beside as many random heads
@@ -106,7 +112,8 @@ def draw_curves(
     probe, seed = probe_from_settings(scores.probe), workshop.recipe.seed
     teacher, tokenizer = workshop.teacher, workshop.tokenizer
     num_examples = num_examples or scores.num_examples
-    batches = pack(tokenizer, probe.examples(num_examples, seed), 1, teacher.device)
+    tokens = tokens_at_once(teacher, None) // len(counts)
+    batches = pack(tokenizer, probe.examples(num_examples, seed), None, teacher.device, tokens=tokens)
     order = scores.ranking()
     shuffled = random.Random(seed).sample(order, len(order))
     plan = {

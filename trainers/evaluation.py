@@ -287,7 +287,13 @@ def hardware() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of the packages a measurement depends on."""
-    return {name: importlib.metadata.version(name) for name in ("hf-rad", "torch", "transformers", "trl")}
+    found = {}
+    for name in ("hf-rad", "torch", "transformers", "trl"):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"  # hf-rad, run from its checkout
+    return found
 
 
 def _number(value: float | None, digits: int) -> str:

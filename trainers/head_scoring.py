@@ -30,7 +30,7 @@ from trainers.head_map import TeacherShape
 from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import MeanOf, Probe
-from trainers.screens import SAMPLED, SCREENS, screen_heads, survivors
+from trainers.screens import SCREENS, screen_heads, survivors
 from trainers.shared_work import SharedWork, agreed, is_main_process
 
 
@@ -151,8 +151,7 @@ def score_heads(
     wanted = [list(range(num_heads)) for _ in range(num_layers)]
     if screen is not None:
         shown = progress and is_main_process()
-        asked = pack(tokenizer, examples, 1, model.device)[::SAMPLED] if screen == "sample" else batches
-        table = screen_heads(model, tokenizer, asked, screen, dtype, batch_tokens, shown)
+        table = screen_heads(model, tokenizer, examples, screen, dtype, batch_tokens, shown)
         chosen = survivors(table, num_survivors or (teacher.num_heads + 3) // 4)
         chosen = agreed(chosen)
         wanted = [[head for head in heads if (i, head) in chosen] for i, heads in enumerate(wanted)]

@@ -8,6 +8,7 @@ read them so; a model with recurrent heads reads one prompt a row.
 Shapes: B packed rows, T their tokens, E examples, S scored positions (those whose logits count).
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -91,7 +92,9 @@ def pack(
         else:
             groups.append([(encoded, example)])
     if rows is None:
-        rows = max(1, tokens // max(map(_row_length, groups)))
+        most = max(1, tokens // max(map(_row_length, groups)))
+        # No small batch is left at the end.
+        rows = math.ceil(len(groups) / math.ceil(len(groups) / most))
     return [_pack_rows(groups[first : first + rows], device) for first in range(0, len(groups), rows)]
 
 
@@ -138,6 +141,4 @@ def _pack_rows(groups: list[list[tuple[EncodedAnswer, Example]]], device: torch.
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         visible = ((same | prefix) & causal)[:, None]
     row, column, target = torch.tensor(scored, device=device).unbind(-1)
-    return PackedExamples(
-        padded(ids, 0), padded(positions, 0), visible, row, column, target, spans, encoded, examples
-    )
+    return PackedExamples(padded(ids, 0), padded(positions, 0), visible, row, column, target, spans, encoded, examples)

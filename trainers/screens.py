@@ -8,11 +8,11 @@ examples.
   as it does in retrieval, the first order misleads: a head that costs much may have hardly any gradient.
 - `damped`: the same, averaged over models whose heads are all damped alike (gates below 1), where retrieval is
   on the brink and its heads have gradients; as integrated gradients do along a path.
-- `sample`: every head ablated exactly, but on few examples.
+- `sample`: every head ablated exactly, but on a tenth of the examples.
 
 The first two take the magnitude of each row's gradient before they average, since examples disagree about its sign.
 
-    table = screen_heads(model, tokenizer, batches, "damped")
+    table = screen_heads(model, tokenizer, examples, "damped")
     chosen = survivors(table, 60)
 
 Shapes: L layers, H query heads, P head dim, B packed rows, T their tokens, S scored positions, V vocabulary.
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.ablation import Ablator, HeadAblation, attention_layers, inference, tokens_at_once
 from trainers.families import logits_scale
-from trainers.probe_rows import PackedExamples
+from trainers.probe_rows import PackedExamples, pack
+from trainers.questions import Example
 
 
 # Gates of the passes of the screens by gradient.
@@ -40,7 +41,7 @@ SAMPLED = 10
 def screen_heads(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batches: list[PackedExamples],
+    examples: list[Example],
     screen: str = "damped",
     dtype: torch.dtype | None = None,
     batch_tokens: int | None = None,
@@ -54,24 +55,28 @@ def screen_heads(
             Llama-like teacher with eager or SDPA attention.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Its tokenizer.
-        batches (`list[PackedExamples]`):
+        examples (`list[Example]`):
             Questions.
         screen (`str`, *optional*, defaults to `"damped"`):
-            One of [`SCREENS`]. `sample` ablates on all the batches it is given: give it few.
+            One of [`SCREENS`].
         dtype (`torch.dtype`, *optional*):
             Precision of the matrix products; by default the model's own.
         batch_tokens (`int`, *optional*):
-            Tokens of one forward call of `sample`, copies for several heads included; by default as many as suit the device.
+            Tokens of one forward call, copies for several heads included; by default as many as suit the device.
         progress (`bool`, *optional*, defaults to `True`):
             Whether to show a progress bar.
 
     Returns:
         `list[list[float]]`: [L][H], in nats an example: a drop for `sample`, a magnitude for the others.
     """
-    if screen == "sample":
-        tokens = tokens_at_once(model, batch_tokens)
-        return _sample(model, tokenizer, batches, dtype, tokens, progress)
     layers, num_heads = attention_layers(model), model.config.num_attention_heads
+    tokens = tokens_at_once(model, batch_tokens)
+    if screen == "sample":
+        rows = pack(tokenizer, examples, 1, model.device)[::SAMPLED]
+        examples = [example for row in rows for example in row.examples]
+    batches = pack(tokenizer, examples, None, model.device, tokens=tokens // num_heads)
+    if screen == "sample":
+        return _sample(model, tokenizer, batches, dtype, tokens, progress)
     total = torch.zeros(len(layers), num_heads, device=model.device)
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     passes = [(batch, gate) for batch in batches for gate in GATES[screen]]

@@ -292,7 +292,9 @@ def _spend(teacher, units: list[list[Pair]], heads, fraction, cache: CacheBudget
     if not kept:
         if count is None:
             raise ValueError(_too_small(teacher, cache, units[0]))
-        raise ValueError(f"The first {len(units[0])} heads can only be kept together; a budget of {count} is too small.")
+        raise ValueError(
+            f"The first {len(units[0])} heads can only be kept together; a budget of {count} is too small."
+        )
     return kept
 
 

@@ -104,7 +104,9 @@ def student_slots(config: RadHybridConfig) -> tuple[dict[tuple[int, int], int], 
     """
     kept, recurrent = {}, {}
     for layer, heads in enumerate(config.kept_heads):
-        others = [head for head in range(config.num_attention_heads) if config.mixing == "parallel" or head not in heads]
+        others = [
+            head for head in range(config.num_attention_heads) if config.mixing == "parallel" or head not in heads
+        ]
         kept |= {(layer, head): slot for slot, head in enumerate(heads)}
         recurrent |= {(layer, head): len(heads) + slot for slot, head in enumerate(others)}
     return kept, recurrent
@@ -177,7 +179,9 @@ def _slots(table: dict[tuple[int, int], int], heads) -> Heads:
     return [(layer, table[layer, head]) for layer, head in heads]
 
 
-def _measure(student, tokenizer, examples, ablations: dict[str, Heads], batch_tokens, progress) -> dict[str, HeadGroup]:
+def _measure(
+    student, tokenizer, examples, ablations: dict[str, Heads], batch_tokens, progress
+) -> dict[str, HeadGroup]:
     """Accuracy and log-probability under each named ablation."""
     tokens = tokens_at_once(student, batch_tokens)
     batches = pack(tokenizer, examples, None, student.device, share=False, tokens=tokens)

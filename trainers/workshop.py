@@ -96,6 +96,7 @@ class Workshop:
         self.recipe, self.progress = recipe, progress
         self._teachers: dict[torch.dtype, tuple[PreTrainedModel, PreTrainedTokenizerBase]] = {}
         self._remembered: Remembered | None = None
+        self._rows: dict[tuple, Dataset] = {}
 
     @functools.cached_property
     def teacher_path(self) -> str:
@@ -175,7 +176,13 @@ class Workshop:
             settings ([`~trainers.recipe.StageSettings`], *optional*):
                 The step's own length and packed folder, if it has them.
         """
-        data, settings = self.recipe.data, settings or StageSettings()
+        key = num_tokens, purpose, str(settings)
+        if key not in self._rows:
+            self._rows[key] = self._packed(num_tokens, purpose, settings or StageSettings())
+        return self._rows[key]
+
+    def _packed(self, num_tokens: int, purpose: str, settings: StageSettings) -> Dataset:
+        data = self.recipe.data
         length, packed = settings.length or data.length, settings.packed or data.packed
         if packed:
             return self._packed_rows(num_tokens, purpose, packed, length)
