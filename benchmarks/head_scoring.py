@@ -15,6 +15,7 @@ every seed, and compared with the exact ones.
 """
 
 import argparse
+import itertools
 import time
 
 import torch
@@ -24,6 +25,7 @@ from trainers.ablation import HeadAblation, attention_layers, inference, tokens_
 from trainers.evaluation import hardware, versions
 from trainers.files import write_json
 from trainers.head_compare import overlap
+from trainers.head_scores import HeadScores
 from trainers.head_scoring import score_heads
 from trainers.probe_rows import pack
 from trainers.probes import EncodedAnswer, KVRetrieval, is_correct
@@ -37,9 +39,9 @@ def main() -> None:
     workshop = Workshop(Recipe(teacher=args.teacher))
     model, tokenizer = workshop.teacher, workshop.tokenizer
     probe = KVRetrieval(format=args.format, pairs=args.pairs, shots=2, queries=args.queries)
-    print(
-        f"{workshop.teacher_name}, {probe.name}, {args.num_examples} questions, {hardware()}, {versions()}", flush=True
-    )
+    print(f"{workshop.teacher_name}, {probe.name}, {args.num_examples} questions, {hardware()}, {versions()}")
+    # "highest": no TF32.
+    print(f"float32 products in {torch.get_float32_matmul_precision()} precision", flush=True)
     result = {"hardware": hardware(), "versions": versions(), "probe": probe.settings(), "examples": args.num_examples}
     result["exact"] = exact(model, tokenizer, probe, args)
     result["screens"] = []
@@ -109,47 +111,45 @@ def screened(model, tokenizer, probe, args, seed: int, naive_s: float) -> list[d
     """The exact scores of all heads for one seed, and those behind each screen."""
     options = {"num_examples": args.num_examples, "seed": seed, "min_accuracy": 0.0}
     examples = probe.examples(args.num_examples, seed)
-    if args.speed_only:
-        for screen in args.screens:
-            options |= {"screen": screen, "num_survivors": args.survivors}
-            seconds, _ = timed(score_heads, model, tokenizer, probe, **options)
-            print(f"  {screen:12s} {args.survivors} survivors: {seconds:.1f} s, {naive_s / seconds:.1f} times naive")
-        return []
-    full_s, whole = timed(score_heads, model, tokenizer, probe, **options)
-    best = whole.ranking()
-    print(f"seed {seed}: accuracy {whole.base_accuracy:.2f}, all heads exactly in {full_s:.1f} s, best {best[:8]}")
+    whole, full_s = None, None
+    if not args.speed_only:
+        full_s, whole = timed(score_heads, model, tokenizer, probe, **options)
+        print(f"seed {seed}: accuracy {whole.base_accuracy:.2f}, all heads exactly in {full_s:.1f} s", flush=True)
+        print(f"  best {whole.ranking()[:8]}")
     lines = []
-    for screen in args.screens:
-        chosen = {"screen": screen, "num_survivors": args.survivors}
-        seconds, scores = timed(score_heads, model, tokenizer, probe, **options, **chosen)
+    for screen, survivors in itertools.product(args.screens, args.survivors):
         alone_s, _ = timed(screen_heads, model, tokenizer, examples, screen)
-        table = scores.screened
-        order = sorted(best, key=lambda pair: -table[pair[0]][pair[1]])
-        line = {
-            "seed": seed,
-            "screen": screen,
-            "survivors": args.survivors,
-            "seconds": seconds,
-            "screen_s": alone_s,
-            "exact_s": full_s,
-            "ratio_to_naive": naive_s / seconds,
-            "ratio_to_exact": full_s / seconds,
-            "same_top_8": set(scores.ranking()[:8]) == set(best[:8]),
-            "overlap_8": overlap(scores.ranking(), best, 8),
-            "overlap_20": overlap(scores.ranking(), best, 20),
-            "screen_alone_8": overlap(order, best, 8),
-            "screen_alone_20": overlap(order, best, 20),
-            "last_of_top_8": max(order.index(pair) for pair in best[:8]) + 1,
-        }
-        lines.append(line)
+        chosen = {"screen": screen, "num_survivors": survivors}
+        seconds, scores = timed(score_heads, model, tokenizer, probe, **options, **chosen)
+        line = {"seed": seed, **chosen, "seconds": seconds, "screen_s": alone_s, "ratio_to_naive": naive_s / seconds}
+        found = ""
+        if whole is not None:
+            line |= {"exact_s": full_s, **compared(whole, scores)}
+            found = (
+                f"; best 8 {'named' if line['overlap_8'] == 1 else 'NOT named'}, overlap@8 {line['overlap_8']:.2f}, "
+                f"@20 {line['overlap_20']:.2f}; the screen alone @8 {line['screen_alone_8']:.2f}, @20 "
+                f"{line['screen_alone_20']:.2f}, the last of the best 8 at rank {line['last_of_best_8']}"
+            )
         print(
-            f"  {screen:12s} {args.survivors} survivors: {seconds:.1f} s, {naive_s / seconds:.1f} times naive (the screen by "
-            f"itself {alone_s:.1f} s); exact top 8 {'named' if line['same_top_8'] else 'NOT named'}, overlap@8 {line['overlap_8']:.2f}, @20 "
-            f"{line['overlap_20']:.2f}; the screen alone: @8 {line['screen_alone_8']:.2f}, @20 "
-            f"{line['screen_alone_20']:.2f}, last of the top 8 at rank {line['last_of_top_8']}",
+            f"  {screen:11s} {survivors} survivors: {seconds:.1f} s ({alone_s:.1f} s of it the screen), "
+            f"{naive_s / seconds:.1f} times naive{found}",
             flush=True,
         )
+        lines.append(line)
     return lines
+
+
+def compared(whole: HeadScores, scores: HeadScores) -> dict:
+    """How well screened scores, and the screen alone, name the best heads of the exact scores."""
+    best, ranking = whole.ranking(), scores.ranking()
+    order = sorted(best, key=lambda pair: -scores.screened[pair[0]][pair[1]])
+    return {
+        "overlap_8": overlap(ranking, best, 8),
+        "overlap_20": overlap(ranking, best, 20),
+        "screen_alone_8": overlap(order, best, 8),
+        "screen_alone_20": overlap(order, best, 20),
+        "last_of_best_8": max(order.index(pair) for pair in best[:8]) + 1,
+    }
 
 
 def ours(model, tokenizer, examples, layers: list[int]) -> list[tuple[int, float]]:
@@ -235,7 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=6, help="layers measured on both sides (default: 6)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--screens", nargs="*", default=list(SCREENS), help="none: leave the screens out")
-    parser.add_argument("--survivors", type=int, default=48, help="heads that a screen lets through (default: 48)")
+    parser.add_argument("--survivors", type=int, nargs="+", default=[48], help="heads that a screen lets through")
     parser.add_argument(
         "--speed-only", action="store_true", help="time the screens without the exact table of all heads"
     )

@@ -36,8 +36,9 @@ from trainers.probes import EncodedAnswer, is_correct
 
 # Logits held at once, in numbers: 2**26 of them are 256 MB in float32.
 MAX_LOGITS = 2**26
-# Tokens of one forward call, copies for several ablations included, by type of device.
-BATCH_TOKENS = {"cpu": 4096, "cuda": 65_536}
+# Tokens of one forward call, copies for several ablations included, by type of device: what a CPU's cache holds, and
+# what keeps a GPU busy.
+BATCH_TOKENS = {"cpu": 1024, "cuda": 65_536}
 # One ablation: every (layer, slot) in it.
 Heads = Collection[tuple[int, int]]
 
