@@ -1,6 +1,6 @@
 """
 Selectors at equal cache bytes: each makes a student of the same teacher, with the same fit, the same short alignment and
-the same questions. The budget is what `--layers` whole layers cost; heads are then cheaper or dearer as they share KV.
+the same questions. The budget is as many KV groups as `--layers` whole layers have, wherever they stand.
 
     python -m benchmarks.selectors --out runs/selectors --tokens 1_048_576 --batch-tokens 16384 --rows 32 --prompts 100
     python -m benchmarks.selectors --out runs/try --tokens 4096 --num-examples 8       a rehearsal on a CPU
@@ -44,16 +44,17 @@ def main() -> None:
     out = Path(args.out)
     workshop = Workshop(Recipe.from_dict(recipe(args)))
     scores = scored(workshop, args, out)
-    maps = head_maps(workshop, scores, args, out)
+    cache, maps = budget(scores.teacher, args), head_maps(workshop, scores, args, out)
     report = {}
     for name, head_map in maps.items():
         if args.students and name not in args.students:
             continue
         begun = time.perf_counter()
         measured = student(workshop, head_map, args, out / name.replace(" ", "-"))
-        report[name] = {**measured, "summary": head_map.summary}
+        cost = cache.cost(scores.teacher, head_map.pairs)
+        report[name] = {**measured, "cache_bytes": cost, "summary": head_map.summary}
         print(f"{name}: {time.perf_counter() - begun:.0f} s", flush=True)
-    show(report, budget(scores.teacher, args), args, out)
+    show(report, cache, args, out)
 
 
 def student(workshop, head_map: HeadMap, args, folder: Path) -> dict:
@@ -107,9 +108,10 @@ def scored(workshop, args, out: Path) -> HeadScores:
 
 
 def budget(teacher, args) -> CacheBudget:
-    """What whole layers cost."""
+    """The KV cache of whole layers, and the states of the other heads where each KV group has one kept head."""
     whole = uniform_layers(teacher, heads=args.layers * teacher.num_attention_heads)
-    return CacheBudget(CacheBudget(0, args.cache_tokens).cost(teacher, whole.pairs), args.cache_tokens)
+    one_each = [(layer, head) for layer, head in whole.pairs if head % teacher.queries_per_group == 0]
+    return CacheBudget(CacheBudget(0, args.cache_tokens).cost(teacher, one_each), args.cache_tokens)
 
 
 def head_maps(workshop, scores: HeadScores, args, out: Path) -> dict[str, HeadMap]:
@@ -126,7 +128,7 @@ def head_maps(workshop, scores: HeadScores, args, out: Path) -> dict[str, HeadMa
     layers = read_json(out / "layers.json")
     return {
         "top groups": top_groups(scores, cache=cache),
-        "top-k": top_k(scores, cache=cache, fill_groups=True),
+        "top-k": top_k(scores, cache=cache),
         "leave one layer out": best_layers(teacher, layers["probe"], "leave-one-layer-out", cache=cache),
         "KL-guided layers": best_layers(teacher, layers["text"], "kl-guided", cache=cache),
         "uniform layers": uniform_layers(teacher, cache=cache),
@@ -140,11 +142,14 @@ def show(report: dict, cache: CacheBudget, args, out: Path) -> None:
     """Prints the table, and draws it."""
     trained = f"fit on {args.fit_tokens:,} tokens, alignment on {args.tokens:,}, one run, seed {args.seed}"
     print(f"{args.teacher}: {cache.bytes / 1e6:.2f} MB of cache at {cache.tokens} tokens; {trained}; {hardware()}")
-    tasks = list(next(iter(report.values()))["results"])
-    print(f"{'':22s}", *(f"{task:>24s}" for task in tasks), f"{'loss on text':>14s}  kept")
+    results = next(iter(report.values()))["results"]
+    tasks = list(results)
+    print(f"{'':22s}", *(f"{task:>24s}" for task in tasks), f"{'loss on text':>14s}{'MB of cache':>13s}  kept")
+    print(f"{'':22s}", *(f"{'trained on' if results[task]['trained_on'] else 'held out':>24s}" for task in tasks))
     for name, measured in report.items():
         values = (f"{measured['results'][task]['score']:24.2f}" for task in tasks)
-        print(f"{name:22s}", *values, f"{measured['text_loss']:14.2f}  {measured['summary']}")
+        megabytes = measured["cache_bytes"] / 1e6
+        print(f"{name:22s}", *values, f"{measured['text_loss']:14.2f}{megabytes:13.2f}  {measured['summary']}")
     bars = {name: {task: one["results"][task]["score"] for task in tasks} for name, one in report.items()}
     accuracy_bars(bars, out / "selectors.png", f"Selectors at {cache.bytes / 1e6:.1f} MB of cache", "top groups")
     write_json(

@@ -5,6 +5,7 @@ head, and the bars of an evaluation.
     score_heat_map(scores.accuracy_drop, head_map.kept_heads, "scores.png", "Retrieval heads of SmolLM2-135M-Instruct")
 """
 
+import math
 import os
 import textwrap
 
@@ -19,7 +20,7 @@ from trainers.files import atomic_path
 
 INK, FAINT, ACCENT = "#1d2433", "#8a93a5", "#e4572e"
 SCORE_COLOURS = LinearSegmentedColormap.from_list("scores", ["#f4f6fa", "#b9cdea", "#5b8fd0", "#1f5aa6", "#0b2447"])
-BAR_COLOURS = ("#1d2433", "#e4572e", "#5b8fd0", "#f2b134", "#7a9e7e", "#a26769", "#8a93a5")
+BAR_COLOURS = ("#1d2433", "#e4572e", "#5b8fd0", "#f2b134", "#7a9e7e", "#a26769", "#8a93a5", "#c9b28f")
 DPI = 160
 
 
@@ -122,7 +123,8 @@ def accuracy_bars(
     tasks = list(dict.fromkeys(task for row in table.values() for task in row))
     if not tasks:
         raise ValueError("There is nothing to draw: the table holds no task.")
-    figure = Figure(figsize=(max(6.0, 1.3 * len(tasks) + 0.8), 4), layout="constrained")
+    # Room for the names of the tasks, and for a number above each bar.
+    figure = Figure(figsize=(max(6.0, len(tasks) * max(1.3, 0.24 * len(table)) + 0.8), 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     width = 0.8 / len(table)
@@ -135,8 +137,7 @@ def accuracy_bars(
         axes.bar_label(bars, [f"{100 * value:.0f}" for value in values], padding=2, fontsize=8, color=INK)
     axes.set_xticks(range(len(tasks)), [textwrap.fill(task.replace("-", " "), 14) for task in tasks])
     _accuracy_axis(axes)
-    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _title_and_legend(axes, title, list(table))
     _save(figure, path)
 
 
@@ -180,8 +181,7 @@ def accuracy_curves(
     axes.minorticks_off()
     axes.set_xlabel(label, color=INK, fontsize=10)
     _accuracy_axis(axes)
-    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=30)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
+    _title_and_legend(axes, title, list(curves))
     _save(figure, path)
 
 
@@ -267,6 +267,14 @@ def attention_pattern(
     if marked:
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, fontsize=9, borderaxespad=0.2)
     _save(figure, path)
+
+
+def _title_and_legend(axes, title: str, names: list[str]) -> None:
+    """Writes the title, and below it the names in as many columns as the figure has room for."""
+    columns = max(1, min(4, int(axes.figure.get_figwidth() * 12) // (max(map(len, names)) + 8)))
+    rows = math.ceil(len(names) / columns)
+    axes.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left", pad=12 + 16 * rows)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, frameon=False, fontsize=9, borderaxespad=0.2)
 
 
 def _accuracy_axis(axes) -> None:
