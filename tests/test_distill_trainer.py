@@ -16,9 +16,10 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from trainers.checkpoints import last_checkpoint
 from trainers.conversion import convert
 from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer, last_checkpoint
+from trainers.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer
 from trainers.head_map import HeadMap, TeacherShape
 from trainers.losses import divergence
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from distill_worker import RATES, ROWS, make_trainer, weights_of
 
-from trainers.distill_trainer import last_checkpoint
+from trainers.checkpoints import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,10 +20,11 @@ from transformers import TrainerCallback
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.ablation import tokens_at_once
 from trainers.calibration import calibrate
+from trainers.checkpoints import last_checkpoint
 from trainers.conversion import convert, summary
 from trainers.data import token_batches
 from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
+from trainers.distill_trainer import RadDistillationTrainer
 from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
 from trainers.head_curves import curve

@@ -17,8 +17,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
 from trainers.actions import record_training
+from trainers.checkpoints import last_checkpoint
 from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer, last_checkpoint
+from trainers.distill_trainer import RadDistillationTrainer
 from trainers.packing import Manifest, load_packed
 from trainers.teaching import load_taught
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out

@@ -33,6 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl import SFTTrainer
 
 from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, attention_masks
+from trainers.checkpoints import last_good, saving
 from trainers.distill_config import RadDistillationConfig
 from trainers.families import logits_scale
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions, stored_divergence
@@ -65,29 +66,6 @@ PROBE_QUESTIONS = 40
 
 class NonFiniteError(ValueError):
     """Training met a number that is not finite and stopped; the message says where and what is still good."""
-
-
-def last_checkpoint(output_dir: str | Path) -> str | None:
-    """
-    Finds the newest whole checkpoint of a run.
-
-    The trainer's state is written last, so a checkpoint that a kill or a full disk cut short has none that can be
-    read.
-
-    Args:
-        output_dir (`str` or `Path`):
-            Folder of the run; it need not exist.
-
-    Returns:
-        `str`, *optional*: the checkpoint's folder, or `None` where there is no whole one.
-    """
-    steps = {}
-    for state in Path(output_dir).glob("checkpoint-*/trainer_state.json"):
-        try:
-            steps[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
-        except (json.JSONDecodeError, KeyError):
-            continue
-    return steps[max(steps)] if steps else None
 
 
 @contextmanager
@@ -483,8 +461,7 @@ class RadDistillationTrainer(SFTTrainer):
         if measured and "relative_error" in measured:
             bad = (~measured["relative_error"].isfinite()).any(0).nonzero().flatten().tolist()
             where += f", in layer {bad[0]}" if bad else ""
-        checkpoint = last_checkpoint(self.args.output_dir)
-        good = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
+        good = last_good(self.args.output_dir)
         raise NonFiniteError(f"{what}{where}. {good} Lower the learning rate or warm up longer.")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -492,7 +469,12 @@ class RadDistillationTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 self._stop(f"The parameter {name} is no longer finite and was not saved,")
-        super().save_model(output_dir, _internal_call)
+        with saving(output_dir or self.args.output_dir, self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
