@@ -226,16 +226,19 @@ def convert_student(workshop: Workshop, head_map: HeadMap | Path, folder: Path, 
     student = convert(
         workshop.teacher, chosen, mixing=recipe.convert.mixing, state_size=recipe.convert.state_size, seed=recipe.seed
     )
-    residuals = []
-    if recipe.calibrate.tokens:
-        rows = workshop.rows(recipe.calibrate.tokens, "calibration")
-        batches = token_batches(rows, CALIBRATION_ROWS)
-        residuals = calibrate(workshop.teacher, student, batches, progress=workshop.progress)
+    residuals = fit_readout(workshop, student) if recipe.calibrate.tokens else []
     tokens = recipe.calibrate.tokens
     stages = [{"stage": "calibration", "tokens": tokens, "probes": workshop.trained_probes}] if tokens else []
     training = {"tokens_trained": tokens, "stages": stages}
     save_student(student, workshop, folder, chosen, scores, training)
     return {"summary": summary(student, workshop.teacher), "residuals": residuals}
+
+
+def fit_readout(workshop: Workshop, student: RadHybridForCausalLM) -> list[tuple[float, float] | None]:
+    """Fits a student's readout in closed form on the recipe's calibration tokens, see [`trainers.calibration`]."""
+    rows = workshop.rows(workshop.recipe.calibrate.tokens, "calibration")
+    batches = token_batches(rows, CALIBRATION_ROWS)
+    return calibrate(workshop.teacher, student, batches, progress=workshop.progress)
 
 
 def save_student(student, workshop: Workshop, folder: Path, head_map: HeadMap, scores: Path | None, training: dict):
