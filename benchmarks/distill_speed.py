@@ -12,9 +12,10 @@ Matrix products are measured in the run itself, before and after, in the type th
 import argparse
 import tempfile
 import time
+from contextlib import nullcontext
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
@@ -97,11 +98,7 @@ def measure(args, workshop, teacher, rows, stage: str, isolate: bool, dtype: tor
         batches = list(trainer.get_train_dataloader())
         step(trainer, batches[0])
         before, start = product_rate(dtype), seconds()
-        with (
-            profile(activities=list(ProfilerActivity), with_stack=False)
-            if args.profile
-            else tempfile.TemporaryFile() as seen
-        ):
+        with profile() if args.profile else nullcontext() as seen:
             for batch in batches[1 : args.steps + 1]:
                 step(trainer, batch)
         taken = [now - then for now, then in zip(seconds(), start, strict=True)]
