@@ -41,6 +41,7 @@ from trainers.recipe import StageSettings
 from trainers.selection import no_heads, random_heads, top_k
 from trainers.shared_work import is_main_process
 from trainers.tasks import ProbeTask, Task, task_from_settings
+from trainers.watching import MEASUREMENTS, MeasureCallback
 from trainers.workshop import Workshop, default_device
 
 
@@ -303,11 +304,26 @@ def train(
             processing_class=workshop.tokenizer,
             callbacks=callbacks,
         )
+        if settings.measure_steps:
+            trainer.add_callback(_measure_callback(workshop, trainer, source, folder, settings.measure_steps))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     trainer.save_model(str(folder))
     record_training(source, folder, stage, trainer.state.num_input_tokens_seen, workshop.trained_probes)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
+
+
+def _measure_callback(workshop: Workshop, trainer, source: Path, folder: Path, every: int) -> MeasureCallback:
+    tasks = suite(workshop.recipe.eval.tasks, workshop.trained_probes)
+    dtype = resolve_dtype(workshop.recipe.eval.dtype, default_device())
+
+    def measure(student) -> dict:
+        return evaluate(student.to(dtype), workshop.tokenizer, tasks, **measure_options(workshop))
+
+    before = read_json(source / TRAINING)["tokens_trained"] if (source / TRAINING).is_file() else 0
+    # What the stage before measured last is what this one would measure first.
+    at_start = not (source / MEASUREMENTS).is_file()
+    return MeasureCallback(trainer, measure, every, folder / MEASUREMENTS, before, at_start)
 
 
 def record_training(source: Path | str, folder: Path, stage: str, tokens: int, probes: list[dict]) -> None:

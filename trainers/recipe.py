@@ -211,6 +211,8 @@ class StageSettings:
             Tokens of one sequence in this stage, where it is not that of `data`.
         packed (`str`, *optional*):
             Packed folder of this stage, where it is not that of `data`.
+        measure_steps (`int`, *optional*):
+            Measure the student as `eval` says every so many steps, into `measurements.jsonl` of the stage's folder.
     """
 
     tokens: int = 0
@@ -218,6 +220,7 @@ class StageSettings:
     arguments: dict = field(default_factory=dict)
     length: int | None = None
     packed: str | None = None
+    measure_steps: int | None = None
 
 
 @dataclass(frozen=True)

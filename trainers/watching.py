@@ -1,10 +1,15 @@
 """
-What can be seen of a training run beside its losses: answers to probes while it lasts, and a picture of it in the end.
+What can be seen of a training run beside its losses: answers to probes while it lasts, whole measurements of it, and a
+picture of it in the end.
 
     trainer.add_callback(ProbeCallback(trainer, ProbeTask(KVRetrieval(pairs=20), 40), every=100))
+    trainer.add_callback(MeasureCallback(trainer, measure, every=100, path="runs/mine/measurements.jsonl"))
     trainer.add_callback(PlotCallback())
 """
 
+import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from trainers.tasks import ProbeTask
 
 
 PLOT = "training.png"
+MEASUREMENTS = "measurements.jsonl"
 
 
 class ProbeCallback(TrainerCallback):
@@ -49,6 +55,61 @@ class ProbeCallback(TrainerCallback):
             accuracy = self.task.measure(student.eval(), tokenizer, self.batch_size, args.seed, progress=False)
         model.train(was_training)
         self.trainer.log({f"probe_accuracy/{self.task.name}": accuracy})
+
+
+class MeasureCallback(TrainerCallback):
+    """
+    Measures the student every some steps and keeps each measurement as a line of a file.
+
+    Args:
+        trainer ([`~trainers.distill_trainer.RadDistillationTrainer`]):
+            The trainer; a copy of its student is measured, on the main process, so it must not be sharded.
+        measure (`Callable`):
+            Takes the copy and returns what [`~trainers.evaluation.evaluate`] does.
+        every (`int`):
+            Steps between.
+        path (`Path`):
+            JSON Lines file: `step`, `tokens` of all stages, `scores` of the tasks and `text_loss`.
+        tokens_before (`int`, *optional*, defaults to 0):
+            Tokens of the stages before.
+        at_start (`bool`, *optional*, defaults to `False`):
+            Whether to measure before the first step, too.
+    """
+
+    def __init__(
+        self, trainer, measure: Callable, every: int, path: Path, tokens_before: int = 0, at_start: bool = False
+    ):
+        if every < 1:
+            raise ValueError(f"A student cannot be measured every {every} steps; give at least 1.")
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise ValueError("A sharded student cannot be measured in mid-run; evaluate its checkpoints instead.")
+        self.trainer, self.measure, self.every, self.path = trainer, measure, every, Path(path)
+        self.tokens_before, self.at_start = tokens_before, at_start
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.at_start and state.global_step == 0:
+            self._measure(state, model)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            self._measure(state, model)
+
+    def _measure(self, state, model) -> None:
+        if not state.is_world_process_zero:
+            return
+        student = copy.deepcopy(self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            measured = self.measure(student)
+        scores = {name: result["score"] for name, result in measured["results"].items()}
+        line = {
+            "step": state.global_step,
+            "tokens": self.tokens_before + int(state.num_input_tokens_seen),
+            "scores": scores,
+            "text_loss": measured["text_loss"],
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 class PlotCallback(TrainerCallback):
