@@ -22,6 +22,7 @@ from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer
 from trainers.head_map import HeadMap, TeacherShape
 from trainers.losses import divergence
+from trainers.watching import MeasureCallback, draw_measurements, measurements
 
 
 KEPT_HEADS = [[], [1], [0, 1, 2, 3]]
@@ -349,6 +350,38 @@ def test_a_run_answers_probes_and_leaves_a_picture(student, make_trainer):
         assert torch.equal(weight, expected[name]), name
     with pytest.raises(ValueError, match="every 0 steps"):
         make_trainer(student, probe_steps=0)
+
+
+def test_a_student_is_measured_on_the_way(student, make_trainer, tmp_path):
+    plain, seen = copy.deepcopy(student), []
+
+    def measure(copied):
+        seen.append(weights_of(copied))
+        for weight in copied.parameters():
+            weight.zero_()
+        return {"results": {"kv": {"score": len(seen) / 10, "trained_on": False}}, "text_loss": 3.0 - len(seen)}
+
+    trainer = make_trainer(student, stage="distillation", max_steps=5)
+    path = tmp_path / "stage" / "measurements.jsonl"
+    trainer.add_callback(MeasureCallback(trainer, measure, 2, path, tokens_before=1000, at_start=True))
+    trainer.train()
+    path.write_text(path.read_text() + path.read_text().splitlines()[-1].replace("-1.0", "-2.0") + "\n")
+    points = measurements([tmp_path / "none", path.parent])
+    assert [point["step"] for point in points] == [0, 2, 4, 5]
+    # Of a step measured twice the last counts.
+    assert [point["text_loss"] for point in points] == [2.0, 1.0, 0.0, -2.0]
+    tokens = [point["tokens"] for point in points]
+    assert tokens[0] == 1000 and tokens == sorted(set(tokens))
+    assert tokens[-1] == 1000 + trainer.state.num_input_tokens_seen
+    # It was the student of that step, and being measured changes nothing.
+    make_trainer(plain, stage="distillation", max_steps=5).train()
+    for name, weight in weights_of(plain).items():
+        assert torch.equal(weights_of(student)[name], weight) and torch.equal(seen[-1][name], weight), name
+    teacher = {"results": {"kv": {"score": 0.8, "trained_on": False}}, "text_loss": 0.5}
+    draw_measurements(points, teacher, 0.2, tmp_path / "progress.png", "A student")
+    assert (tmp_path / "progress.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="every 0 steps"):
+        MeasureCallback(trainer, measure, 0, path)
 
 
 class Poison(TrainerCallback):

@@ -36,6 +36,7 @@ from trainers.publish import publish
 from trainers.recipe import Recipe, StageSettings
 from trainers.staging import stage
 from trainers.steps import Ledger, Step, stamp
+from trainers.watching import draw_measurements, measurements
 from trainers.workshop import Workshop, default_device
 
 
@@ -290,6 +291,9 @@ class Pipeline:
             for model, measured in models.items()
         }
         accuracy_bars(bars, self.out / "eval.png", f"{name} and its students", highlight=self._title(first))
+        if measured := measurements([self.folder(first) / stage for stage, _, _ in self._stages()]):
+            title = f"{name}, {self._title(first)}"
+            draw_measurements(measured, teacher, recipe.eval.floor, self.out / "progress.png", title)
 
     def _title(self, kind: str) -> str:
         kept = HeadMap.load(self.folder(kind) / "head_map.json").num_kept

@@ -185,7 +185,12 @@ def accuracy_curves(
     _save(figure, path)
 
 
-def training_curves(curves: dict[str, list[tuple[int, float]]], path: str | os.PathLike, title: str) -> None:
+def training_curves(
+    curves: dict[str, list[tuple[int, float]]],
+    path: str | os.PathLike,
+    title: str,
+    levels: dict[str, float] | None = None,
+) -> None:
     """
     Draws what a training run logged against the tokens seen: losses on the left, accuracies, if any, on the right.
 
@@ -196,6 +201,8 @@ def training_curves(curves: dict[str, list[tuple[int, float]]], path: str | os.P
             PNG file to write.
         title (`str`):
             Line above the figure.
+        levels (`dict[str, float]`, *optional*):
+            Name -> value of a dashed line beside the losses, such as the teacher's.
 
     Raises:
         `ValueError`: when there is no curve.
@@ -215,6 +222,8 @@ def training_curves(curves: dict[str, list[tuple[int, float]]], path: str | os.P
         if panel is accuracies:
             _accuracy_axis(axes)
         else:
+            for name, value in (levels or {}).items():
+                axes.axhline(value, linestyle="--", linewidth=1.2, color=FAINT, label=name)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(colors=INK, labelsize=9)
         axes.set_xlabel("tokens", color=INK, fontsize=10)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from trainers.evaluation import coverage
 from trainers.plots import training_curves
 from trainers.tasks import ProbeTask
 
@@ -69,7 +70,7 @@ class MeasureCallback(TrainerCallback):
         every (`int`):
             Steps between.
         path (`Path`):
-            JSON Lines file: `step`, `tokens` of all stages, `scores` of the tasks and `text_loss`.
+            JSON Lines file: `step`, `tokens` of all stages, and what `measure` returns.
         tokens_before (`int`, *optional*, defaults to 0):
             Tokens of the stages before.
         at_start (`bool`, *optional*, defaults to `False`):
@@ -100,16 +101,59 @@ class MeasureCallback(TrainerCallback):
         student = copy.deepcopy(self.trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False))
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             measured = self.measure(student)
-        scores = {name: result["score"] for name, result in measured["results"].items()}
-        line = {
-            "step": state.global_step,
-            "tokens": self.tokens_before + int(state.num_input_tokens_seen),
-            "scores": scores,
-            "text_loss": measured["text_loss"],
-        }
+        tokens = self.tokens_before + int(state.num_input_tokens_seen)
+        line = {"step": state.global_step, "tokens": tokens, **measured}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def measurements(folders: list[Path]) -> list[dict]:
+    """
+    Reads what [`MeasureCallback`] wrote.
+
+    Args:
+        folders (`list[Path]`):
+            Folders of a student's stages, in their order.
+
+    Returns:
+        `list[dict]`: one for each measurement. Of those that a resumed stage made anew, the last one counts.
+    """
+    found = {}
+    for path in (folder / MEASUREMENTS for folder in folders):
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            measured = json.loads(line)
+            found[path, measured["step"]] = measured
+    return list(found.values())
+
+
+def draw_measurements(measured: list[dict], teacher: dict, floor: float, path: Path, title: str) -> None:
+    """
+    Draws a student's loss on text, its coverage and its score on every task against the tokens it has seen.
+
+    Args:
+        measured (`list[dict]`):
+            As [`measurements`] returns them.
+        teacher (`dict`):
+            What [`~trainers.evaluation.evaluate`] returns for the teacher, on the same tasks.
+        floor (`float`):
+            As in [`~trainers.evaluation.coverage`].
+        path (`Path`):
+            PNG file to write.
+        title (`str`):
+            Line above the figure.
+    """
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for point in measured:
+        tokens, results = point["tokens"], point["results"]
+        values = {"loss on text": point["text_loss"]}
+        values["probe_accuracy/coverage"] = coverage(results, teacher["results"], floor)["value"]
+        values |= {f"probe_accuracy/{name}": result["score"] for name, result in results.items()}
+        for name, value in values.items():
+            if value is not None:
+                curves.setdefault(name, []).append((tokens, value))
+    level = teacher["text_loss"]
+    training_curves(curves, path, title, {} if level is None else {"teacher's loss": level})
 
 
 class PlotCallback(TrainerCallback):
