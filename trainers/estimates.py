@@ -19,7 +19,8 @@ from trainers.families import backbone_fields
 from trainers.head_map import HeadMap
 from trainers.packing import Manifest
 from trainers.precision import fast_dtype
-from trainers.recipe import Recipe, StageSettings
+from trainers.recipe import ROOT, Recipe, StageSettings
+from trainers.workshop import resolve_teacher
 
 
 NEW_PARTS = (".mixer.ssm.", ".mixer.adapter.")
@@ -59,9 +60,6 @@ def check_data(recipe: Recipe) -> None:
         `ValueError`: for one of another kind, or packed rows of another length than the recipe's.
     """
     data = recipe.data
-    for source in (data.text, data.held_out_text, *(source.get("text") for source in data.sources)):
-        if source is not None:
-            check_source(source)
     lengths = [(data.packed, data.length)]
     lengths += [(s.packed, s.length or data.length) for _, s in recipe.stages() if s.packed and s.tokens]
     for packed, length in lengths:
@@ -69,6 +67,9 @@ def check_data(recipe: Recipe) -> None:
             raise ValueError(
                 f"The rows of {packed} have {Manifest.load(packed).length} tokens, the recipe asks {length}."
             )
+    for source in (data.text, data.held_out_text, *(source.get("text") for source in data.sources)):
+        if source is not None:
+            check_source(source)
 
 
 def student_shapes(recipe: Recipe, teacher: PreTrainedConfig) -> RadHybridForCausalLM:
@@ -133,7 +134,8 @@ def _estimate(recipe, name: str, settings: StageSettings, student, rate: float, 
     kept_states = rows * length * config.hidden_size * (config.num_hidden_layers + 1) * dtype.itemsize
     # In alignment the student's own MLPs and norms lie in the teacher's memory.
     weights = total * dtype.itemsize + 4 * (new + embeddings if aligning else total)
-    memory = weights + 12 * trained + (2 if aligning else 12) * kept_states
+    recomputed = settings.arguments.get("gradient_checkpointing", False)
+    memory = weights + 12 * trained + (2 if aligning or recomputed else 12) * kept_states
     flops = per_token * tokens
     return Estimate(name, tokens, steps, trained, memory, flops, flops / rate)
 
@@ -149,8 +151,15 @@ def product_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, sec
     return 2 * size**3 * count / (time.perf_counter() - start)
 
 
-def recipe_estimates(recipe: Recipe, teacher: str | Path, device: torch.device) -> list[Estimate]:
-    """[`check_data`], then [`estimate_stages`] at the rate of `device` in the type that is quickest there."""
-    check_data(recipe)
+def recipe_estimates(recipe: Recipe, device: torch.device) -> list[Estimate]:
+    """
+    [`estimate_stages`] at the rate of `device` in the type that is quickest there. The shapes of the teachers in
+    `recipes/` come with them, so that a dry run asks no Hub.
+
+    Raises:
+        `OSError`: when the configuration of another teacher cannot be reached.
+    """
+    shipped = ROOT / "recipes" / "shapes" / recipe.teacher.replace("/", "--")
+    teacher = shipped if shipped.is_dir() else resolve_teacher(recipe.teacher)
     dtype = fast_dtype(device)
     return estimate_stages(recipe, teacher, product_rate(device, dtype), dtype)

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import actions
-from trainers.estimates import Estimate, recipe_estimates
+from trainers.estimates import Estimate
 from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
@@ -37,7 +37,7 @@ from trainers.recipe import Recipe, StageSettings
 from trainers.staging import stage
 from trainers.steps import Ledger, Step, stamp
 from trainers.watching import draw_measurements, measurements
-from trainers.workshop import Workshop, default_device
+from trainers.workshop import Workshop
 
 
 # Layers side by side in the table of residuals.
@@ -204,15 +204,6 @@ class Pipeline:
             {"step": step.name, "what": step.detail, "done": ledger.is_done(step) and not self.fresh}
             for step in self.steps()
         ]
-
-    def estimates(self) -> list[Estimate]:
-        """
-        Tokens, steps, memory and least time of every training stage, after a look whether the data is there.
-
-        Raises:
-            `OSError`: when data is missing, or the teacher's configuration cannot be reached.
-        """
-        return recipe_estimates(self.recipe, self.workshop.teacher_path, default_device())
 
     def run(self) -> dict:
         """

@@ -367,22 +367,33 @@ def pull_heads(args: argparse.Namespace) -> None:
 
 
 def _walk(args: argparse.Namespace, recipe: dict) -> None:
-    from trainers.pipeline import Pipeline, estimates_table, plan_table
+    from trainers.pipeline import Pipeline
     from trainers.recipe import Recipe
 
-    quiet = args.quiet or args.format == "json"
-    pipeline = Pipeline(Recipe.from_dict(recipe), _command(args), quiet, args.fresh)
     if args.dry_run:
-        if args.format == "json":
-            stages = [dataclasses.asdict(estimate) for estimate in pipeline.estimates()]
-            print(json.dumps({"steps": pipeline.plan(), "stages": stages}, indent=1))
-        else:
-            Console().print(plan_table(pipeline.plan(), f"Plan of {recipe['out']}"))
-            Console().print(estimates_table(pipeline.estimates()))
+        _dry_run(args, Recipe.from_dict(recipe))
         return
-    report = pipeline.run()
+    quiet = args.quiet or args.format == "json"
+    report = Pipeline(Recipe.from_dict(recipe), _command(args), quiet, args.fresh).run()
     if args.format == "json":
         print(json.dumps(report, indent=1))
+
+
+def _dry_run(args: argparse.Namespace, recipe) -> None:
+    """Prints what a recipe will cost, then, where its data is there, the steps to take."""
+    from trainers.estimates import check_data, recipe_estimates
+    from trainers.pipeline import Pipeline, estimates_table, plan_table
+    from trainers.workshop import default_device
+
+    estimates = recipe_estimates(recipe, default_device())
+    if args.format == "human":
+        Console().print(estimates_table(estimates))
+    check_data(recipe)
+    plan = Pipeline(recipe, _command(args), True, args.fresh).plan()
+    if args.format == "human":
+        Console().print(plan_table(plan, f"Plan of {recipe.out}"))
+    else:
+        print(json.dumps({"steps": plan, "stages": [dataclasses.asdict(e) for e in estimates]}, indent=1))
 
 
 def _workshop(args: argparse.Namespace, **settings):
