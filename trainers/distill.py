@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
@@ -23,6 +24,11 @@ from trainers.distill_trainer import RadDistillationTrainer
 from trainers.packing import Manifest, load_packed
 from trainers.teaching import load_taught
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
+
+
+# What conversion adds to a layer, and the linear layers of the teacher that stay.
+NEW_MODULES = ("ssm", "adapter")
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass
@@ -43,6 +49,13 @@ class DistillArguments:
             Share of the tokens that comes from them.
         packed (`str`, *optional*):
             Folder that `hf-rad pack` wrote, instead of all of these.
+        use_peft (`bool`, *optional*, defaults to `False`):
+            Train the recurrent heads whole and the teacher's own weights by LoRA. `output_dir` gets the merged
+            student, `output_dir/adapter` the adapter.
+        lora_r (`int`, *optional*, defaults to 16), lora_alpha (`int`, *optional*, defaults to 32):
+            Rank and scale of the adapter.
+        lora_target_modules (`list[str]`, *optional*):
+            Names of the linear layers with LoRA; by default those of kept heads and MLPs.
 
     `--resume_from_checkpoint last` goes on from the newest whole checkpoint of `output_dir`, if there is one.
     """
@@ -57,6 +70,14 @@ class DistillArguments:
     )
     probe_share: float = field(default=0.25, metadata={"help": "Share of the tokens that comes from probes."})
     packed: str | None = field(default=None, metadata={"help": "Folder of `hf-rad pack`, instead of text and probes."})
+    use_peft: bool = field(
+        default=False, metadata={"help": "Train recurrent heads whole and the teacher's own weights by LoRA."}
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank of the LoRA adapter."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of the LoRA adapter."})
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers with LoRA. Default: those of kept heads and MLPs."}
+    )
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -79,16 +100,38 @@ def main(arguments: list[str] | None = None) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(source)
     rows, probes = training_rows(script_args, training_args, tokenizer)
     trainer = RadDistillationTrainer(
-        source, teacher and resolve_teacher(teacher), training_args, rows, processing_class=tokenizer
+        source,
+        teacher and resolve_teacher(teacher),
+        training_args,
+        rows,
+        processing_class=tokenizer,
+        peft_config=adapter_config(script_args),
     )
+    if script_args.use_peft and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("--use_peft merges the adapter in the end, which a sharded student cannot; use DDP.")
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
-    trainer.save_model()
+    trainer.save_model(str(folder / "adapter") if script_args.use_peft else None)
     if trainer.is_world_process_zero():
+        if script_args.use_peft:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
         record_training(source, folder, training_args.stage, trainer.state.num_input_tokens_seen, probes)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return folder
+
+
+def adapter_config(script_args: DistillArguments) -> LoraConfig | None:
+    """LoRA on the teacher's own weights beside recurrent heads that train whole, where the arguments ask for it."""
+    if not script_args.use_peft:
+        return None
+    return LoraConfig(
+        r=script_args.lora_r,
+        lora_alpha=script_args.lora_alpha,
+        target_modules=script_args.lora_target_modules or list(LORA_MODULES),
+        modules_to_save=list(NEW_MODULES),
+    )
 
 
 def training_rows(
