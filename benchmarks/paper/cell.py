@@ -47,7 +47,7 @@ WATCHED = [
 ]
 WATCHED_TEXT_TOKENS = 16_384
 # Parts of a run at which the good student is kept, for the curves: the whole suite asks these afterwards.
-SNAPSHOTS = (0.02, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)
+SNAPSHOTS = (0.1, 0.3, 0.6)
 RETRIES = 2
 # Warmup of a run that ends by the clock, whose steps nobody knows beforehand.
 WARMUP_STEPS = 120

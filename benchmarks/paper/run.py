@@ -85,7 +85,7 @@ class Run:
         self.floor.add("measurement", self.measure("teacher-curve", "teacher", "teacher-curve.json", "--curve"))
         for cell in CELLS:
             aligned = self.out / cell.name / "alignment" / TRAINING
-            options = ("--watch", "5", "--no-checkpoints")
+            options = ("--watch", "3", "--no-checkpoints")
             command = self.cell(cell.name, args.cell_align_tokens, args.cell_tokens, *options)
             job = Job(cell.name, command, self.file(cell.name), aligned, slots=CELL_SLOTS, again=CAREFUL)
             self.floor.add("training", job)
