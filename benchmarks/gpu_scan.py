@@ -141,10 +141,10 @@ def documents(batch: int, tokens: int) -> torch.Tensor:
 
 def check(report, options) -> None:
     """The default back end against the recurrence in float64: documents, initial states, ragged lengths, every dtype."""
+    wrong = check_mixer(report, options)
     columns = ["shape", "N", "tokens", "dtype", "documents", "decays"]
     columns += ["y", "last state", "x", "log a", "B", "C", "first state"]
     add = report.table("Check: relative error of outputs and gradients against the recurrence in float64", columns)
-    wrong = 0
     for shape, state, tokens, packed, regime, dtype in product(
         options.shapes, options.states, (61, 600), (False, True), ("typical", "extreme"), options.dtypes
     ):
@@ -170,7 +170,6 @@ def check(report, options) -> None:
         pairs = [relative_error(one, other) for one, other in zip(*found, strict=True)]
         wrong += max(pairs) > (1e-4 if dtype == torch.float32 else 2e-2)
         add(shape, state, tokens, str(dtype)[6:], "several" if packed else "one", regime, *pairs)
-    wrong += check_mixer(report, options)
     if wrong:
         raise RuntimeError(f"{wrong} cases of the default back end are wrong here; set ssm_backend to 'torch'.")
     print("\nThe default back end is right here.", flush=True)
@@ -209,45 +208,44 @@ def check_mixer(report, options) -> int:
 def run(report, options) -> None:
     """Errors of every back end, then milliseconds and memory of those that are right."""
     prune_autotuning()
-    time_back_ends(report, options, compare_back_ends(report, options))
+    for case in options.scan_cases:
+        time_back_ends(report, options, case, compare_back_ends(report, options, case))
 
 
-def compare_back_ends(report, options) -> set[tuple]:
-    """The table of errors; returns the (shape, N, tokens, dtype, back end) that are right."""
-    right = set()
+def compare_back_ends(report, options, case: tuple) -> set[tuple]:
+    """Errors at one (shape, N, tokens); returns the (dtype, back end) that are right."""
+    shape, state, tokens = case
     columns = [f"{name} {what}" for name in REGIMES for what in ("y", "grad")]
     columns = ["shape", "N", "tokens", "dtype", "back end", *columns]
     add = report.table("Scan: relative error against float64 (batch 1)", columns)
-    for shape, state, tokens in options.scan_cases:
-        heads, head_dim = SHAPES[shape]
-        cases = []
-        for regime in REGIMES:
-            tensors = draw(1, tokens, heads, head_dim, state, regime)
-            double = [t.double() for t in tensors]
-            exact = gradients(lambda x, A_log, B, C: oracle(x, -softplus(A_log), B, C), double, torch.float64)
-            cases.append((tensors, exact))
-        for dtype, name in product(options.dtypes, options.backends):
-            try:
-                found = [errors(BACKENDS[name], *case, dtype) for case in cases]
-            except Exception as error:
-                print(f"{shape} N {state} {tokens} {dtype} {name}: {first_line(error)}", flush=True)
-                continue
-            add(shape, state, tokens, str(dtype)[6:], name, *(value for pair in found for value in pair))
-            if all(error < bound for pair in found[:2] for error, bound in zip(pair, BOUND[dtype], strict=True)):
-                right.add((shape, state, tokens, dtype, name))
-        del cases
+    drawn, right = [], set()
+    for regime in REGIMES:
+        tensors = draw(1, tokens, *SHAPES[shape], state, regime)
+        double = [t.double() for t in tensors]
+        exact = gradients(lambda x, A_log, B, C: oracle(x, -softplus(A_log), B, C), double, torch.float64)
+        drawn.append((tensors, exact))
+    for dtype, name in product(options.dtypes, options.backends):
+        try:
+            found = [errors(BACKENDS[name], *pair, dtype) for pair in drawn]
+        except Exception as error:
+            print(f"{shape} N {state} {tokens} {dtype} {name}: {first_line(error)}", flush=True)
+            continue
+        add(shape, state, tokens, str(dtype)[6:], name, *(value for pair in found for value in pair))
+        if all(error < bound for pair in found[:2] for error, bound in zip(pair, BOUND[dtype], strict=True)):
+            right.add((dtype, name))
     return right
 
 
-def time_back_ends(report, options, right: set[tuple]) -> None:
-    """The table of times, of the back ends that are right."""
+def time_back_ends(report, options, case: tuple, right: set[tuple]) -> None:
+    """Times at one (shape, N, tokens), of the back ends that are right."""
+    shape, state, tokens = case
     columns = ["shape", "N", "tokens", "batch", "dtype", "back end", "fwd ms", "fwd+bwd ms", "Mtokens/s", "peak MB", "speed"]
     add = report.table("Scan: time and memory (speed against the authors' call, forward and backward)", columns)
-    for (shape, state, tokens), dtype in product(options.scan_cases, options.dtypes):
+    for dtype in options.dtypes:
         batch, base = max(1, options.tokens_at_once // tokens), None
         tensors = [t.to(dtype) for t in draw(batch, tokens, *SHAPES[shape], state, "typical")]
         for name in options.backends:
-            if (shape, state, tokens, dtype, name) not in right:
+            if (dtype, name) not in right:
                 continue
             forward_only = partial(BACKENDS[name], *tensors[:4])
             with_gradients = partial(gradients, BACKENDS[name], tensors, dtype)

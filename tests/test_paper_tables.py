@@ -1,6 +1,7 @@
 """The run behind the paper's tables: what is drawn, who gets which heads and how many tokens, and what is written."""
 
 import dataclasses
+import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -163,7 +164,9 @@ def finished(tmp_path):
         write_json(out / name / "measured.json", measured(head_map.num_kept, factor))
         write_json(final / "rad" / "training.json", {"tokens_trained": 9_000_000, "stages": []})
         (final / "rad" / "scores.json").write_bytes(SCORES.read_bytes())
-    (out / "good" / "watch.jsonl").write_text('{"step": 0}\n')
+    watched = {"step": 0, "tokens": 0, "train_seconds": 0, "steps_since_start": 0, "kv": 0.25, "text_loss": 4.5}
+    lines = [json.dumps(watched), json.dumps(watched | {"tokens": 2_000_000, "kv": 0.75, "text_loss": 3.1})]
+    (out / "good" / "watch.jsonl").write_text("\n".join(lines) + "\n")
     write_json(out / "good" / "curve" / "step-10.json", measured(8, 0.4))
     for name in ("teacher.json", "teacher-curve.json"):
         write_json(out / name, measured(270, 1.0))
@@ -181,6 +184,7 @@ def test_tables_hold_what_was_measured_and_nothing_else(finished):
     assert "| 0 heads | 0 | 1.0 M |" in students[1] and "| 10.0 % | 10.0 % | 100.0 % |" in students[1]
     assert "random" not in text and "every 4th layer" not in text
     assert "| kept head 16.0 | 0.10 | -9.00 |" in text and "| 9.00 M | 40.0 % | 40.0 % |" in text
+    assert "| 8 found heads, long run | 2.0 M | 0.25, 0.75 | 4.50, 3.10 |" in text
 
 
 def test_card_comes_from_the_files_beside_it(finished, tmp_path):
@@ -189,6 +193,15 @@ def test_card_comes_from_the_files_beside_it(finished, tmp_path):
     assert report["hardware"] == "1 x a GPU" and list(report["controls"]) == ["0 heads"]
     card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
     assert card == card_text(tmp_path / "card") and "over retrieval alone: **80.0%**" in card
+
+
+def test_the_card_of_the_student_trained_on_a_gpu_is_the_golden_one():
+    folder = Path("hub_cards/smollm2-135m-rad")
+    assert card_text(folder) == (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        read_json(folder / "eval.json")["student"]["tokens_trained"]
+        == read_json(folder / "training.json")["tokens_trained"]
+    )
 
 
 def test_curves_are_drawn(finished, tmp_path):

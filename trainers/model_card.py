@@ -326,8 +326,7 @@ def limit_lines(report: dict, provenance: dict | None) -> list[str]:
     return [
         *lines,
         "It keeps the teacher's knowledge, biases and safety behaviour only as far as the tables above show.",
-        "Assisted (speculative) decoding is refused, because a recurrent state cannot take tokens back; GGUF and ONNX "
-        "export are not supported.",
+        "GGUF and ONNX export are not supported.",
     ]
 
 

@@ -93,6 +93,6 @@ def _panels(path: Path, title: str, label: str, covered: dict, losses: dict, tea
     if log:
         below.set_xscale("log")
     above.set_title(title, color=INK, fontsize=13, fontweight="bold", loc="left")
-    above.legend(frameon=False, fontsize=8, loc="lower right", ncols=2)
+    above.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.86), ncols=2)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=DPI, format="png", facecolor="white")

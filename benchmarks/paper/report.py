@@ -26,6 +26,8 @@ from trainers.tasks import task_from_settings
 TEACHER = "HuggingFaceTB/SmolLM2-135M-Instruct"
 MODEL_NAME = "SmolLM2-135M-Instruct-RAD8"
 MEMORY_TOKENS = (128, 2048, 4096, 8192)
+# What `watch.jsonl` holds beside the scores of probes.
+WATCH_FIELDS = ("step", "tokens", "train_seconds", "steps_since_start", "text_loss")
 # Controls that stand beside the student in its card; all of them stand in the tables.
 CARD_CONTROLS = ("found-8", "none", "random-8", "layers-4")
 # What the card says of the teacher's weights, as `examples/smollm2/fetch.py` writes it.
@@ -183,6 +185,20 @@ def state_table(results: Results) -> str:
     return markdown_table(header, rows)
 
 
+def watched_table(results: Results) -> str:
+    """Every student that was trained, by the few questions it was asked meanwhile: first and last measurement."""
+    rows, probes = [], []
+    for cell in (GOOD, *CELLS):
+        path = results.out / cell.name / "watch.jsonl"
+        if path.is_file():
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            probes = [key for key, value in lines[0].items() if key not in WATCH_FIELDS]
+            asked = [f"{number(lines[0][key])}, {number(lines[-1][key])}" for key in (*probes, "text_loss")]
+            title = cell.title + (", long run" if cell is GOOD else "")
+            rows.append([title, f"{lines[-1]['tokens'] / 1e6:.1f} M", *asked])
+    return markdown_table(["", "distilled on", *probes, "loss on text"], rows)
+
+
 def ablation_table(ablated: dict) -> str:
     """The paper's Table 6 in shape: a student's own heads ablated."""
     probes = list(ablated)
@@ -227,6 +243,10 @@ def tables(results: Results) -> str:
     parts = ["### Students\n", headline(results), "\n### Table 1: tasks\n"]
     parts += [task_table(results, [GOOD.name, *(name for name in cells if not name.startswith("state"))])]
     parts += ["\n### Table 2: memory\n", memory_table(results), "\n### Table 4: state size\n", state_table(results)]
+    parts += [
+        "\n### Every student, before and after distillation (the watcher's 32 questions)\n",
+        watched_table(results),
+    ]
     ablated = results.out / GOOD.name / "ablated.json"
     if ablated.is_file():
         parts += ["\n### Table 6: the student's own heads ablated\n", ablation_table(read_json(ablated))]
