@@ -41,6 +41,7 @@ CELLS = {
     "mixing parallel": ("convert parallel", "fit", "align", "distil"),
     "d_state 4": ("convert 4", "fit", "align", "distil"),
     "d_state 16": ("convert 16", "fit", "align", "distil"),
+    "orientation first": ("convert", "orient", "align less", "distil"),
 }
 CONVERSIONS = {
     "convert": ConvertSettings(),
@@ -48,8 +49,8 @@ CONVERSIONS = {
     "convert 4": ConvertSettings(state_size=4),
     "convert 16": ConvertSettings(state_size=16),
 }
-# Of the tokens trained on, the share of the alignment; the rest is for the distillation.
-ALIGNED = 0.75
+# Of the tokens trained on, the share of the alignment, and of an orientation before it; the rest is for the distillation.
+ALIGNED, ORIENTED = 0.75, 0.25
 ALIGNMENT_RATE, RATE = 1e-3, 2e-5
 JSON = "kv-json-20x2-numbers"
 
@@ -129,18 +130,20 @@ def forgotten(student: RadHybridForCausalLM, seed: int) -> RadHybridForCausalLM:
 
 def stages(args) -> dict[str, tuple[str, StageSettings]]:
     """Training steps by name: stage of the trainer, tokens and arguments."""
-    aligned = round(ALIGNED * args.tokens / args.batch_tokens) * args.batch_tokens
+    aligned, oriented = (round(s * args.tokens / args.batch_tokens) * args.batch_tokens for s in (ALIGNED, ORIENTED))
     common = {"isolate_documents": False, "save_strategy": "steps", "save_steps": 12, "save_total_limit": 1}
 
     def distillation(tokens: int, rate: float, mixer_rate: float) -> tuple[str, StageSettings]:
         rates = {"learning_rate": rate, "mixer_learning_rate": mixer_rate, "kl_positions": 128, "warmup_steps": 0.2}
         return "distillation", StageSettings(tokens, args.batch_tokens, {**rates, **common})
 
+    def by_layer(stage: str, tokens: int) -> tuple[str, StageSettings]:
+        return stage, StageSettings(tokens, args.batch_tokens, {"mixer_learning_rate": ALIGNMENT_RATE, **common})
+
     return {
-        "align": (
-            "alignment",
-            StageSettings(aligned, args.batch_tokens, {"mixer_learning_rate": ALIGNMENT_RATE, **common}),
-        ),
+        "orient": by_layer("orientation", oriented),
+        "align": by_layer("alignment", aligned),
+        "align less": by_layer("alignment", aligned - oriented),
         "distil": distillation(args.tokens - aligned, RATE, RATE),
         "distil at 0": distillation(args.tokens - aligned, 0.0, RATE),
         "distil at 2e-4": distillation(args.tokens - aligned, 10 * RATE, RATE),
@@ -163,10 +166,12 @@ def recipe(args) -> Recipe:
         {
             "teacher": args.teacher,
             "seed": args.seed,
+            # More than one, so that the teacher is asked once about the rows of the distillation.
+            "students": ["found", "none"],
             "data": {"length": 512, "probes": probes},
             "calibrate": {"tokens": args.fit_tokens},
             "eval": {
-                "text_tokens": 8192,
+                "text_tokens": 4096,
                 "tasks": [
                     {
                         "probe": {"name": "kv", "pairs": 20, "shots": 2, "queries": 4, **probe},
@@ -230,9 +235,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--fit-tokens", type=int, default=16_384, help="tokens of the closed-form fit (default: 16384)"
     )
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens trained on (default: 32768)")
-    parser.add_argument("--batch-tokens", type=int, default=1024, help="tokens of a step (default: 1024)")
-    parser.add_argument("--num-examples", type=int, default=100, help="questions of each task (default: 100)")
+    parser.add_argument("--tokens", type=int, default=16_384, help="tokens trained on (default: 16384)")
+    parser.add_argument("--batch-tokens", type=int, default=512, help="tokens of a step (default: 512)")
+    parser.add_argument("--num-examples", type=int, default=48, help="questions of each task (default: 48)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

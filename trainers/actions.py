@@ -227,8 +227,8 @@ def convert_student(workshop: Workshop, head_map: HeadMap | Path, folder: Path, 
     student = convert(
         workshop.teacher, chosen, mixing=recipe.convert.mixing, state_size=recipe.convert.state_size, seed=recipe.seed
     )
-    residuals = fit_readout(workshop, student) if recipe.calibrate.tokens else []
-    tokens = recipe.calibrate.tokens
+    tokens = recipe.fitted_at_conversion
+    residuals = fit_readout(workshop, student) if tokens else []
     stages = [{"stage": "calibration", "tokens": tokens, "probes": workshop.trained_probes}] if tokens else []
     training = {"tokens_trained": tokens, "stages": stages}
     save_student(student, workshop, folder, chosen, scores, training)
@@ -283,7 +283,8 @@ def train(
         folder (`Path`):
             Folder of the run: checkpoints while it lasts, the trained student in the end.
         stage (`str`):
-            `"alignment"`, `"distillation"` or `"long"`, a distillation after the first.
+            `"orientation"`, after which the readout is fitted in closed form, `"alignment"`, `"distillation"` or
+            `"long"`, a distillation after the first.
         settings ([`~trainers.recipe.StageSettings`]):
             Tokens, batch and further arguments of the trainer.
         resume (`bool`, *optional*, defaults to `False`):
@@ -307,8 +308,12 @@ def train(
         if settings.measure_steps:
             trainer.add_callback(_measure_callback(workshop, trainer, source, folder, settings.measure_steps))
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    tokens = trainer.state.num_input_tokens_seen
+    if stage == "orientation" and workshop.recipe.calibrate.tokens:
+        fit_readout(workshop, student)
+        tokens += workshop.recipe.calibrate.tokens
     trainer.save_model(str(folder))
-    record_training(source, folder, stage, trainer.state.num_input_tokens_seen, workshop.trained_probes)
+    record_training(source, folder, stage, tokens, workshop.trained_probes)
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
 
@@ -336,7 +341,7 @@ def record_training(source: Path | str, folder: Path, stage: str, tokens: int, p
         folder (`Path`):
             Folder of the trained student.
         stage (`str`):
-            `"alignment"`, `"distillation"` or `"long"`.
+            `"orientation"`, `"alignment"`, `"distillation"` or `"long"`.
         tokens (`int`):
             Tokens that it was trained on.
         probes (`list[dict]`):
@@ -370,7 +375,7 @@ def training_arguments(workshop: Workshop, folder: Path, stage: str, settings: S
         )
     defaults = {
         "output_dir": str(folder),
-        "stage": "alignment" if stage == "alignment" else "distillation",
+        "stage": "distillation" if stage == "long" else stage,
         "max_steps": num_steps(settings),
         "max_length": length,
         "per_device_train_batch_size": at_once,

@@ -131,7 +131,9 @@ def _collect(teacher, mixers, batches, terms, what: str, progress: bool) -> dict
     hooks = [layer.self_attn.register_forward_hook(take_in, with_kwargs=True) for layer in teacher.model.layers]
     dtype = fast_dtype(teacher.device) if len(batches) * batches[0].numel() > 2**13 else torch.float32
     try:
-        with torch.autocast(teacher.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        with torch.autocast(
+            teacher.device.type, dtype=torch.bfloat16, enabled=torch.bfloat16 in (dtype, teacher.dtype)
+        ):
             for batch in tqdm(batches, desc=what, unit="batch", disable=not progress):
                 teacher.model(input_ids=batch.to(teacher.device), use_cache=False)
     finally:

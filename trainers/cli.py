@@ -297,8 +297,8 @@ def _add_teach(verbs) -> None:
 def _add_distill(verbs) -> None:
     parser = verbs.add_parser(
         "distill",
-        help="Train a student on its teacher: one stage, alignment or distillation.",
-        description="Train a student on its teacher: one stage, alignment or distillation.",
+        help="Train a student on its teacher: one stage: orientation, alignment or distillation.",
+        description="Train a student on its teacher: one stage: orientation, alignment or distillation.",
         epilog=DISTILL_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         # Everything else belongs to TRL's parser; an abbreviation must not be taken here.

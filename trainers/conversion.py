@@ -77,6 +77,12 @@ def convert(
     return student
 
 
+def converted_heads(config: RadHybridConfig, layer: int) -> list[int]:
+    """The teacher's query heads that the recurrent heads of a layer stand for, in their order."""
+    kept = [] if config.mixing == "parallel" else config.kept_heads[layer]
+    return [head for head in range(config.num_attention_heads) if head not in kept]
+
+
 def _convert_layer(
     mixer: nn.Module,
     source: dict[str, torch.Tensor],
@@ -92,10 +98,7 @@ def _convert_layer(
         if output_bias is not None:
             mixer.attention.o_proj.bias.copy_(output_bias)
     if mixer.ssm is not None:
-        converted = list(range(config.num_attention_heads))
-        if config.mixing == "replace":
-            converted = [head for head in converted if head not in kept]
-        _start_recurrent(mixer.ssm, source, converted, per_group, generator)
+        _start_recurrent(mixer.ssm, source, converted_heads(config, mixer.ssm.layer_idx), per_group, generator)
         if mixer.attention is None and output_bias is not None:
             mixer.ssm.out_proj.bias.copy_(output_bias)
     if mixer.adapter is not None:

@@ -8,6 +8,7 @@ Trains one stage of a student from the command line, in the manner of TRL's scri
     accelerate launch -m trainers.distill --config recipes/distill.yaml
 """
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,14 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-from trainers.actions import record_training
+from trainers.actions import CALIBRATION_ROWS, record_training
+from trainers.calibration import calibrate
 from trainers.checkpoints import last_checkpoint
+from trainers.data import token_batches
 from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import RadDistillationTrainer
 from trainers.packing import Manifest, load_packed
+from trainers.recipe import CalibrateSettings
 from trainers.teaching import load_taught
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
 
@@ -107,19 +111,37 @@ def main(arguments: list[str] | None = None) -> Path:
         processing_class=tokenizer,
         peft_config=adapter_config(script_args),
     )
-    if script_args.use_peft and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
-        raise ValueError("--use_peft merges the adapter in the end, which a sharded student cannot; use DDP.")
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        if script_args.use_peft:
+            raise ValueError("--use_peft merges the adapter in the end, which a sharded student cannot; use DDP.")
+        if training_args.stage == "orientation":
+            raise ValueError(
+                "An orientation ends with a closed-form fit, which a sharded student cannot take; use DDP."
+            )
     resume = training_args.resume_from_checkpoint
     trainer.train(resume_from_checkpoint=last_checkpoint(folder) if resume == "last" else resume)
+    tokens = trainer.state.num_input_tokens_seen
+    if training_args.stage == "orientation":
+        tokens += fit_readout(trainer, rows)
     trainer.save_model(str(folder / "adapter") if script_args.use_peft else None)
     if trainer.is_world_process_zero():
         if script_args.use_peft:
             trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-        record_training(source, folder, training_args.stage, trainer.state.num_input_tokens_seen, probes)
+        record_training(source, folder, training_args.stage, tokens, probes)
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return folder
+
+
+def fit_readout(trainer: RadDistillationTrainer, rows: Dataset) -> int:
+    """Fits the readout in closed form, since an orientation changed what it reads; returns the tokens of the fit."""
+    args = trainer.args
+    batches = token_batches(
+        rows.take(min(len(rows), math.ceil(CalibrateSettings().tokens / args.max_length))), CALIBRATION_ROWS
+    )
+    calibrate(trainer.teacher_model, trainer.model, batches, progress=not args.disable_tqdm)
+    return sum(batch.numel() for batch in batches)
 
 
 def adapter_config(script_args: DistillArguments) -> LoraConfig | None:

@@ -10,7 +10,7 @@ from trainers.losses import ALIGNMENT_LOSSES
 from trainers.precision import fast_dtype
 
 
-STAGES = ("alignment", "distillation")
+STAGES = ("orientation", "alignment", "distillation")
 
 
 @dataclass
@@ -25,6 +25,7 @@ class RadDistillationConfig(SFTConfig):
         > Parameters that control the stage
 
         stage (`str`, *optional*, defaults to `"distillation"`):
+            `"orientation"`: each recurrent head's mixing matrix is drawn to its teacher head's attention matrix.
             `"alignment"`: each layer's mixer learns to give what the teacher's attention gives for the same input.
             `"distillation"`: the whole student learns the teacher's next-token distribution.
         alignment_loss_type (`str`, *optional*, defaults to `"l2"`):
@@ -77,7 +78,7 @@ class RadDistillationConfig(SFTConfig):
 
         mixer_learning_rate (`float`, *optional*):
             Learning rate of the recurrent heads and of the adapters beside kept heads. By default `1e-3` in the
-            alignment stage, where nothing else trains, and `learning_rate` in the distillation stage.
+            orientation and alignment stages, where nothing else trains, and `learning_rate` in the distillation stage.
         decay_ratio (`float`, *optional*, defaults to `0.2`):
             Share of the steps in which the rate decays, for `lr_scheduler_type="warmup_stable_decay"`. Rates start and end
             at a tenth, unless `lr_scheduler_kwargs` says otherwise.
@@ -85,8 +86,8 @@ class RadDistillationConfig(SFTConfig):
     > [!NOTE] > These parameters have default values different from [`~trl.SFTConfig`]: > - `learning_rate`: Defaults
     to `3e-5` instead of `2e-5`. > - `lr_scheduler_type`: Defaults to `"warmup_stable_decay"` instead of `"linear"`. >
     - `warmup_steps`: Defaults to `0.1` (a share of all steps) instead of `0`. > - `max_length`: Defaults to `2048`
-    instead of `1024`. > - `max_grad_norm`: Defaults to `0.0` (no clipping) in the alignment stage: a common norm would
-    couple the layers. > - `gradient_checkpointing`: Defaults to `False` instead of `True`. > - `bf16`: Defaults to
+    instead of `1024`. > - `max_grad_norm`: Defaults to `0.0` (no clipping) before the distillation stage: a common norm
+    would couple the layers. > - `gradient_checkpointing`: Defaults to `False` instead of `True`. > - `bf16`: Defaults to
     `True` only where bfloat16 products are quick, see [`~trainers.precision.fast_dtype`]. > -
     `train_sampling_strategy`: Defaults to `"sequential"` instead of `"random"`: packed rows come mixed, so that each >
     batch holds every source's share. Shuffle other data, or set `"random"`. > - `include_num_input_tokens_seen`:
@@ -105,7 +106,7 @@ class RadDistillationConfig(SFTConfig):
     max_length: int | None = field(default=2048, metadata={"help": "Longest sequence; longer ones are cut."})
     max_grad_norm: float | None = field(
         default=None,
-        metadata={"help": "Norm that gradients are clipped to. By default 1.0 in distillation, 0 (off) in alignment."},
+        metadata={"help": "Norm that gradients are clipped to. By default 1.0 in distillation, else 0 (off)."},
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute activations in the backward pass: less memory, more time."}
@@ -167,7 +168,7 @@ class RadDistillationConfig(SFTConfig):
     # Parameters that control the optimisation
     mixer_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the recurrent heads. Default 1e-3 in alignment, else the learning rate."},
+        metadata={"help": "Rate of the recurrent heads. By default the learning rate in distillation, else 1e-3."},
     )
     decay_ratio: float = field(
         default=0.2, metadata={"help": "Share of the steps in which the rate decays (warmup_stable_decay)."}
@@ -175,7 +176,7 @@ class RadDistillationConfig(SFTConfig):
 
     def __post_init__(self):
         self._check()
-        aligning = self.stage == "alignment"
+        by_layer = self.stage != "distillation"
         # Said outright, for without it transformers refuses bfloat16 where there is no accelerator.
         on_cpu = self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.bf16 is None:
@@ -185,9 +186,9 @@ class RadDistillationConfig(SFTConfig):
         if self.include_num_input_tokens_seen is None:
             self.include_num_input_tokens_seen = "non_padding"
         if self.max_grad_norm is None:
-            self.max_grad_norm = 0.0 if aligning else 1.0
+            self.max_grad_norm = 0.0 if by_layer else 1.0
         if self.mixer_learning_rate is None:
-            self.mixer_learning_rate = 1e-3 if aligning else self.learning_rate
+            self.mixer_learning_rate = 1e-3 if by_layer else self.learning_rate
         super().__post_init__()
 
     def _check(self):

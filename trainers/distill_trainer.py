@@ -1,5 +1,6 @@
 """
-The trainer of a student: alignment of its mixers, then distillation of the whole, one run a stage.
+The trainer of a student: orientation of its mixing matrices (optional), alignment of its mixers, then distillation of
+the whole, one run a stage.
 
     for stage in ("alignment", "distillation"):
         args = RadDistillationConfig(output_dir=f"runs/mine/{stage}", stage=stage, max_steps=100)
@@ -34,9 +35,11 @@ from trl import SFTTrainer
 
 from modeling_rad_hybrid import CACHE_NAME, RadHybridForCausalLM, attention_masks
 from trainers.checkpoints import last_good, saving
+from trainers.conversion import converted_heads
 from trainers.distill_config import RadDistillationConfig
 from trainers.families import logits_scale
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions, stored_divergence
+from trainers.orientation import ORIENTED_PARTS, orientation_loss, recorded_attention
 from trainers.packing import TEACHER_COLUMNS, DocumentCollator
 from trainers.placement import place_teacher, shared_frozen_tensors, whole
 from trainers.precision import resolve_dtype
@@ -50,6 +53,8 @@ from trainers.watching import PlotCallback, ProbeCallback
 
 # What conversion adds to the teacher: the only part that alignment trains.
 NEW_PARTS = (".mixer.ssm.", ".mixer.adapter.")
+# Stages without the student's MLPs and head, and the parts that they train.
+LAYER_STAGES = {"orientation": ORIENTED_PARTS, "alignment": NEW_PARTS}
 EMBEDDINGS = ("embed_tokens", "lm_head")
 BODY_INPUTS = (
     "input_ids",
@@ -103,12 +108,12 @@ def _call(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def _mix(layer, hidden_states, **kwargs):
-    """Runs a layer's mixer alone, by way of the layer's own call: the hooks that gather FSDP's shards hang there."""
-    layer.forward = layer.mixer.forward
+def _through(layer, function, *args, **kwargs):
+    """Calls a function by way of a layer's own call: the hooks that gather FSDP's shards hang there."""
+    layer.forward = function
     try:
         # Not the layer's own __call__, which may recompute later, when its forward is another one.
-        return nn.Module.__call__(layer, hidden_states, **kwargs)
+        return nn.Module.__call__(layer, *args, **kwargs)
     finally:
         del layer.forward
 
@@ -248,8 +253,8 @@ class RadDistillationTrainer(SFTTrainer):
     def _freeze(student: PreTrainedModel, args: RadDistillationConfig) -> None:
         """Lets the stage's parameters train and no others."""
         for name, parameter in student.named_parameters():
-            if args.stage == "alignment":
-                trains = any(part in name for part in NEW_PARTS)
+            if args.stage in LAYER_STAGES:
+                trains = any(part in name for part in LAYER_STAGES[args.stage])
             else:
                 trains = args.train_embeddings or not any(part in name for part in EMBEDDINGS)
                 trains = trains and not any(part in name for part in args.frozen_parts or [])
@@ -280,7 +285,8 @@ class RadDistillationTrainer(SFTTrainer):
             if parameter.requires_grad:
                 new = any(part in name for part in NEW_PARTS)
                 # A convolution begins as the identity and a skip as zero: neither should shrink.
-                decays = name in decayed and parameter.ndim == 2
+                # Orientation has no gradient for the rows of `in_proj` that make z and x.
+                decays = name in decayed and parameter.ndim == 2 and self.args.stage != "orientation"
                 groups.setdefault((new, decays), []).append(parameter)
         return [
             {
@@ -304,7 +310,8 @@ class RadDistillationTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if self.model.training else "eval"
         student = self.accelerator.unwrap_model(model)
-        stage_loss = self._alignment_loss if self.args.stage == "alignment" else self._distillation_loss
+        losses = {"orientation": self._orientation_loss, "alignment": self._alignment_loss}
+        stage_loss = losses.get(self.args.stage, self._distillation_loss)
         if self.args.teacher_logits:
             stage_loss = self._stored_loss
         # A position counts where the token after it counts, which is what transformers' count of items means too.
@@ -330,7 +337,7 @@ class RadDistillationTrainer(SFTTrainer):
         ):
             return super().train(*args, **kwargs)
         student = self._student_causal_lm(self.model)
-        any_dtype = self.args.stage == "alignment" or self.args.bf16
+        any_dtype = self.args.stage in LAYER_STAGES or self.args.bf16
         with shared_frozen_tensors(student, self._teacher(), any_dtype):
             return super().train(*args, **kwargs)
 
@@ -349,6 +356,31 @@ class RadDistillationTrainer(SFTTrainer):
     def _student_causal_lm(self, student):
         """The student below a PEFT adapter, if there is one."""
         return student if isinstance(student, RadHybridForCausalLM) else student.get_base_model()
+
+    def _orientation_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Sum over layers of the distance between mixing and attention matrices; nothing of the student runs but B, C, a."""
+        body, teacher = self._student_causal_lm(student).model, self._teacher()
+        counted = nn.functional.pad(counted, (0, 1)).float()  # [B, T]
+        with self.accelerator.autocast():
+            with (
+                torch.no_grad(),
+                recorded_mixers(teacher.model.layers) as records,
+                recorded_attention(teacher) as attended,
+            ):
+                self._run_teacher(inputs)
+            # Autocast takes any type; without it a bfloat16 teacher would meet float32 weights.
+            dtype = records[0][0].dtype if torch.is_autocast_enabled(self.args.device.type) else body.dtype
+            masks = inputs.get("attention_mask"), inputs.get("seq_idx")
+            losses, measured = [], []
+            for layer, (hidden_states, _, _), attention in zip(body.layers, records, attended, strict=True):
+                loss, sums = counted.new_zeros(()), counted.new_zeros(2)
+                if layer.mixer.ssm is not None:
+                    heads = converted_heads(body.config, layer.mixer.ssm.layer_idx)
+                    arguments = layer.mixer.ssm, hidden_states.to(dtype), attention, heads, counted, *masks
+                    loss, sums = _through(layer, orientation_loss, *arguments)
+                losses.append(loss)
+                measured.append(sums)
+        return torch.stack(losses).sum(), {"relative_error": torch.stack(measured, dim=1)}  # [2, L]
 
     def _alignment_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over layers and positions of the distance between mixers; the student's MLPs and head do not run."""
@@ -371,7 +403,7 @@ class RadDistillationTrainer(SFTTrainer):
             for layer, (hidden_states, position_embeddings, target) in zip(body.layers, records, strict=True):
                 arguments["position_embeddings"] = tuple(t.to(dtype) for t in position_embeddings)
                 arguments["attention_mask"] = masks.get(layer.mixer.mask_kind)
-                output, _ = mixed(_mix, layer, hidden_states.to(dtype), **arguments)
+                output, _ = mixed(_through, layer, layer.mixer.forward, hidden_states.to(dtype), **arguments)
                 loss, sums = alignment_loss(output[:, :-1], target[:, :-1], counted, self.args.alignment_loss_type)
                 losses.append(loss)
                 measured.append(sums)

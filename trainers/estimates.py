@@ -17,6 +17,7 @@ from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
 from trainers.documents import check_source
 from trainers.families import backbone_fields
 from trainers.head_map import HeadMap
+from trainers.orientation import ORIENTED_PARTS
 from trainers.packing import Manifest
 from trainers.precision import fast_dtype
 from trainers.recipe import ROOT, Recipe, StageSettings
@@ -115,10 +116,11 @@ def estimate_stages(recipe: Recipe, teacher: str | Path, rate: float, dtype: tor
 
 
 def _estimate(recipe, name: str, settings: StageSettings, student, rate: float, dtype: torch.dtype) -> Estimate:
-    config, aligning = student.config, name == "alignment"
+    config, aligning = student.config, name in ("orientation", "alignment")
     sizes = {parameter: p.numel() for parameter, p in student.named_parameters()}
     total = sum(sizes.values())
-    new = sum(n for parameter, n in sizes.items() if any(part in parameter for part in NEW_PARTS))
+    parts = ORIENTED_PARTS if name == "orientation" else NEW_PARTS
+    new = sum(n for parameter, n in sizes.items() if any(part in parameter for part in parts))
     embeddings = sum(n for parameter, n in sizes.items() if any(part in parameter for part in EMBEDDINGS))
     body = total - embeddings
     trained = new if aligning else body

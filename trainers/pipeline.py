@@ -1,7 +1,7 @@
 """
 The walk from a teacher to a published student: every step of a recipe in order, each skipped when it is done already.
 
-    score ─► for each student: select ─► convert and calibrate ─► align ─► distill ─► measure ─► report ─► publish
+    score ─► for each student: select ─► convert and calibrate ─► train ─► distill ─► measure ─► report ─► publish
 
 A recipe may ask for several students: the first keeps the heads that were found and is published, the others are
 controls (no heads, random heads) that get the same data in the same order. Folder of a run:
@@ -128,20 +128,21 @@ class Pipeline:
         )
         convert = Step(
             f"{label}: convert",
-            {**dataclasses.asdict(recipe.convert), **dataclasses.asdict(recipe.calibrate), **data},
+            {**dataclasses.asdict(recipe.convert), "tokens": recipe.fitted_at_conversion, **data},
             [folder / "student", folder / "conversion.json"],
             lambda resumed: self._convert(kind),
             [select],
             f"{recipe.convert.mixing}, state size {recipe.convert.state_size}, "
-            f"closed-form fit on {recipe.calibrate.tokens:,} tokens",
+            f"closed-form fit on {recipe.fitted_at_conversion:,} tokens",
         )
         steps = [select, convert]
         for name, source, settings in self._stages():
             count = actions.num_steps(settings)
+            fit = {"fit": recipe.calibrate.tokens} if name == "orientation" else {}
             steps.append(
                 Step(
                     f"{label}: {name}",
-                    {**dataclasses.asdict(settings), **data},
+                    {**dataclasses.asdict(settings), **fit, **data},
                     [folder / name],
                     functools.partial(self._train, kind, name, source, settings),
                     [steps[-1]],

@@ -293,8 +293,8 @@ class Recipe:
         students (`list[str]`, *optional*, defaults to `["found"]`):
             What each student keeps: `"found"` heads, `"none"`, `"random"` ones. The first is the one that is
             published; the others are controls with the same training.
-        score, select, convert, data, calibrate, align, distill, long, eval, publish:
-            Settings of each step; `long` is a second distillation, meant for longer sequences.
+        score, select, convert, data, calibrate, orient, align, distill, long, eval, publish:
+            Settings of each step; with an `orient` stage the closed-form fit comes after it, not before; `long` is a second distillation, meant for longer sequences.
     """
 
     teacher: str
@@ -307,6 +307,7 @@ class Recipe:
     convert: ConvertSettings = field(default_factory=ConvertSettings)
     data: DataSettings = field(default_factory=DataSettings)
     calibrate: CalibrateSettings = field(default_factory=CalibrateSettings)
+    orient: StageSettings = field(default_factory=StageSettings)
     align: StageSettings = field(default_factory=StageSettings)
     distill: StageSettings = field(default_factory=StageSettings)
     long: StageSettings = field(default_factory=StageSettings)
@@ -348,7 +349,13 @@ class Recipe:
 
     def stages(self) -> list[tuple[str, StageSettings]]:
         """Name and settings of every training stage, in their order, those without tokens too."""
-        return [("alignment", self.align), ("distillation", self.distill), ("long", self.long)]
+        stages = ("orientation", self.orient), ("alignment", self.align), ("distillation", self.distill)
+        return [*stages, ("long", self.long)]
+
+    @property
+    def fitted_at_conversion(self) -> int:
+        """Tokens of the closed-form fit at conversion. An orientation changes what the fit reads, so it comes first."""
+        return 0 if self.orient.tokens else self.calibrate.tokens
 
     def trained_probes(self) -> list[dict]:
         """Settings of the probes in the training data; those of a packed folder stand in its manifest."""

@@ -134,7 +134,7 @@ class Workshop:
         """
         teacher = self.teacher_in(fast_dtype(default_device()))
         size = num_tokens * teacher.config.hidden_size * teacher.dtype.itemsize
-        if stage == "alignment" or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
+        if stage in ("orientation", "alignment") or len(self.recipe.students) == 1 or size > MAX_REMEMBERED:
             yield teacher
             return
         self._remembered = self._remembered or Remembered(teacher.model.forward)
