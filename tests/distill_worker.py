@@ -71,14 +71,37 @@ def shard_on_cpu() -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
-    original = AcceleratorState.__init__
+    original, plugins = AcceleratorState.__init__, []
 
     def patched(self, *args, fsdp_plugin=None, **kwargs):
         original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-        if fsdp_plugin is not None:
-            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        plugins.extend([fsdp_plugin] if fsdp_plugin is not None else [])
+        if plugins:
+            # Every later look at the state would find the type that accelerate gives CPUs.
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugins[-1]
 
     AcceleratorState.__init__ = patched
+
+
+def gathered(trainer) -> dict[str, torch.Tensor]:
+    """The student's weights after training; what the last forward gathered may still be whole."""
+    for module in (*trainer.model.modules(), *trainer.teacher_model.modules()):
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return weights_of(trainer.accelerator.unwrap_model(trainer.model))
+
+
+def train_and_resume(out: Path, tokenizer, mode: str, settings: dict) -> None:
+    """Trains all steps with a checkpoint in the middle, saves the student, and trains anew from that checkpoint."""
+    settings = {**settings, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": STEPS // 2}
+    unbroken = make_trainer(out / mode / "saved", tokenizer, "distillation", ROWS // 2, **settings)
+    unbroken.train()
+    unbroken.save_model()
+    resumed = make_trainer(out / mode / "saved", tokenizer, "distillation", ROWS // 2, **settings)
+    resumed.train(resume_from_checkpoint=str(out / mode / "saved" / f"checkpoint-{STEPS // 2}"))
+    weights = {"unbroken": gathered(unbroken), "resumed": gathered(resumed)}
+    if unbroken.is_world_process_zero():
+        torch.save(weights, out / f"{mode}_resumed.pt")
 
 
 def main(out: str, mode: str) -> None:
@@ -90,19 +113,17 @@ def main(out: str, mode: str) -> None:
     if mode == "fsdp":
         shard_on_cpu()
         settings = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
+        settings["fsdp_config"]["state_dict_type"] = "SHARDED_STATE_DICT"
     for stage in RATES:
         trainer = make_trainer(out / mode / stage, tokenizer, stage, ROWS // 2, **settings)
         trainer.train()
-        # What the last forward gathered may still be whole.
-        for module in (*trainer.model.modules(), *trainer.teacher_model.modules()):
-            if isinstance(module, FSDPModule):
-                module.reshard()
-        weights = weights_of(trainer.model)
+        weights = gathered(trainer)
         sharded = [isinstance(p, DTensor) for p in (*trainer.model.parameters(), *trainer.teacher_model.parameters())]
         assert all(sharded) == any(sharded) == (mode == "fsdp"), mode
         if trainer.is_world_process_zero():
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             torch.save({"weights": weights, "losses": losses}, out / f"{mode}_{stage}.pt")
+    train_and_resume(out, tokenizer, mode, settings)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import pytest
 import torch
 from distill_worker import RATES, ROWS, make_trainer, weights_of
 
+from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.checkpoints import last_checkpoint
 
 
@@ -56,6 +57,21 @@ def test_two_processes_train_the_weights_of_one(tmp_path, tiny_tokenizer, mode):
         assert max((expected[name] - before[name]).abs().max() for name in before) > 3e-4
         for name, weight in expected.items():
             torch.testing.assert_close(there["weights"][name], weight, atol=1e-6, rtol=0, msg=f"{stage} {name}")
+            if not dict(alone.model.named_parameters())[name].requires_grad:
+                assert torch.equal(there["weights"][name], before[name]), name
+    check_resumed(tmp_path, mode, before)
+
+
+def check_resumed(folder: Path, mode: str, before: dict[str, torch.Tensor]) -> None:
+    """A run that went on from its checkpoint has the weights of the unbroken one, and those were saved as a student."""
+    runs = torch.load(folder / f"{mode}_resumed.pt")
+    saved = RadHybridForCausalLM.from_pretrained(folder / mode / "saved")
+    assert (folder / mode / "saved" / "ssd.py").is_file() and not (folder / mode / "saved" / "_fsdp_api.py").exists()
+    assert saved.config.auto_map["AutoModelForCausalLM"] == "modeling_rad_hybrid.RadHybridForCausalLM"
+    for name, weight in weights_of(saved).items():
+        torch.testing.assert_close(runs["resumed"][name], runs["unbroken"][name], atol=1e-6, rtol=0, msg=name)
+        assert torch.equal(weight, runs["unbroken"][name]), name
+        assert torch.equal(weight, before[name]) == ("embed" in name or "lm_head" in name), name
 
 
 def test_a_killed_run_goes_on_to_the_weights_of_an_unbroken_one(tmp_path, tiny_tokenizer):

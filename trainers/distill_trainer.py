@@ -20,7 +20,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from trainers.families import logits_scale
 from trainers.losses import agreement, alignment_loss, head_loss, row_seeds, sample_positions, stored_divergence
 from trainers.orientation import ORIENTED_PARTS, orientation_loss, recorded_attention
 from trainers.packing import TEACHER_COLUMNS, DocumentCollator
-from trainers.placement import place_teacher, shared_frozen_tensors, whole
+from trainers.placement import own_class, place_teacher, shared_frozen_tensors, whole, whole_state_dict
 from trainers.precision import resolve_dtype
 from trainers.probes import KVRetrieval
 from trainers.tasks import ProbeTask
@@ -501,8 +501,17 @@ class RadDistillationTrainer(SFTTrainer):
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and not parameter.isfinite().all():
                 self._stop(f"The parameter {name} is no longer finite and was not saved,")
-        with saving(output_dir or self.args.output_dir, self.args.output_dir):
+        # A sharded checkpoint is enough to go on from; the student that a run ends with must load anywhere.
+        whole_student = self.is_fsdp_enabled and not _internal_call
+        with (
+            saving(output_dir or self.args.output_dir, self.args.output_dir),
+            whole_state_dict(self.accelerator) if whole_student else nullcontext(),
+        ):
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with own_class(self.model):
+            super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
         with saving(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.args.output_dir):

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
@@ -46,6 +47,33 @@ def place_teacher(accelerator: Accelerator, teacher: PreTrainedModel) -> nn.Modu
             plugin.transformer_cls_names_to_wrap, plugin.auto_wrap_policy = kept
     # Not accelerate's prepare_model: it would patch the caller's teacher for good, and a frozen model needs no DDP.
     return teacher.to(accelerator.device)
+
+
+@contextmanager
+def whole_state_dict(accelerator: Accelerator) -> Iterator[None]:
+    """Lets a save inside the block write FSDP's shards as one ordinary model, whatever checkpoints are made of."""
+    plugin = accelerator.state.fsdp_plugin
+    kept = plugin.state_dict_type
+    plugin.set_state_dict_type("FULL_STATE_DICT")
+    try:
+        yield
+    finally:
+        plugin.set_state_dict_type(kept.name)
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """
+    Gives a model that FSDP2 shards its own class back while the block saves it: `save_pretrained` takes along the code
+    of the class, which would be torch's, and names it in the configuration.
+    """
+    kind = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = kind.__bases__[1]  # FSDP2 makes a class of (FSDPModule, the model's own)
+    try:
+        yield
+    finally:
+        model.__class__ = kind
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
