@@ -31,8 +31,8 @@ FLOORS = [
     | {"head_map", "losses", "distill_config", "plots", "documents", "shared_work", "head_compare"},
     {"probe_rows", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
     | {"head_curves", "text_scores", "head_kinds", "families", "teachers", "tasks", "recipe"},
-    {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "distill_trainer"}
-    | {"placement", "teaching", "watching"}
+    {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "stage_losses"}
+    | {"distill_trainer", "placement", "teaching", "watching"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
     {"workshop", "estimates", "actions", "pipeline", "distill", "verbs"},
     {"cli"},
