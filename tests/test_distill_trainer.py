@@ -447,7 +447,7 @@ def test_settings_that_cannot_work_are_named(student, tiny_llama, make_trainer, 
     with pytest.raises(ValueError, match="Nothing would train in the distillation stage"):
         make_trainer(student, stage="distillation", frozen_parts=["model."])
     for settings, message in [
-        ({"stage": "aligning"}, "stage is 'aligning'; choose one of alignment, distillation"),
+        ({"stage": "aligning"}, "stage is 'aligning'; choose one of orientation, alignment, distillation"),
         ({"alignment_loss_type": "cosine"}, "choose one of l2, mse, relative"),
         ({"beta": 1.5}, "beta is 1.5"),
         ({"temperature": 0.0}, "temperature is 0.0"),

@@ -26,7 +26,7 @@ MODEL_ORDER += ["modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
-    | {"checkpoints"}
+    | {"checkpoints", "orientation"}
     | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "probes"}
     | {"head_map", "losses", "distill_config", "plots", "documents", "shared_work", "head_compare"},
     {"probe_rows", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
