@@ -18,11 +18,11 @@ from trainers import actions, orientation
 from trainers.cli import main
 from trainers.conversion import converted_heads
 from trainers.distill_trainer import LAYER_ERRORS
-from trainers.stage_losses import recorded_mixers
 from trainers.files import read_json
 from trainers.head_map import HeadMap, TeacherShape
 from trainers.orientation import mixing_rows, mixing_terms, orientation_loss, recorded_attention
 from trainers.recipe import Recipe
+from trainers.stage_losses import recorded_mixers
 from trainers.workshop import Workshop
 
 
