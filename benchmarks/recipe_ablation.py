@@ -4,8 +4,8 @@ What each part of the recipe is worth: students of one teacher that differ from 
     python -m benchmarks.recipe_ablation --out runs/ablation
     python -m benchmarks.recipe_ablation --out runs/try --tokens 2048 --num-examples 4     a rehearsal
 
-A cell is a chain of steps; every step is a folder in `--out` that cells with the same beginning share. The command given
-anew goes on where it was stopped, from a checkpoint in the middle of a step. Prints one table and writes
+A cell is a chain of steps; every step is a folder in `--out` that cells with the same beginning share. The command
+given anew goes on where it was stopped, from a checkpoint in the middle of a step. Prints one table and writes
 `ablation.json` and `ablation.png`. Every cell is one run, on the same rows in the same order.
 """
 
@@ -36,8 +36,10 @@ CELLS = {
     "teacher's own weights at 0": ("convert", "fit", "align", "distil at 0"),
     "teacher's own weights at 2e-4": ("convert", "fit", "align", "distil at 2e-4"),
     "not calibrated": ("convert", "align", "distil"),
+    "not calibrated, as many tokens": ("convert", "align more", "distil"),
     "random start": ("convert", "random", "fit", "align", "distil"),
     "distillation alone": ("convert", "fit", "distil alone"),
+    "distillation alone, mixers at 1e-3": ("convert", "fit", "distil alone at 1e-3"),
     "mixing parallel": ("convert parallel", "fit", "align", "distil"),
     "d_state 4": ("convert 4", "fit", "align", "distil"),
     "d_state 16": ("convert 16", "fit", "align", "distil"),
@@ -143,12 +145,13 @@ def stages(args) -> dict[str, tuple[str, StageSettings]]:
     return {
         "orient": by_layer("orientation", oriented),
         "align": by_layer("alignment", aligned),
+        "align more": by_layer("alignment", aligned + args.fit_tokens),
         "align less": by_layer("alignment", aligned - oriented),
         "distil": distillation(args.tokens - aligned, RATE, RATE),
         "distil at 0": distillation(args.tokens - aligned, 0.0, RATE),
         "distil at 2e-4": distillation(args.tokens - aligned, 10 * RATE, RATE),
-        # Here the recurrent heads have everything to learn, so they get the rate of the alignment.
-        "distil alone": distillation(args.tokens, RATE, ALIGNMENT_RATE),
+        "distil alone": distillation(args.tokens, RATE, RATE),
+        "distil alone at 1e-3": distillation(args.tokens, RATE, ALIGNMENT_RATE),
     }
 
 
@@ -187,18 +190,22 @@ def recipe(args) -> Recipe:
 def show(report: dict[str, dict], args, out: Path) -> None:
     """Prints the table, and writes and draws it."""
     conditions = (
-        f"fit on {args.fit_tokens:,} tokens, training on {args.tokens:,}, one run, seed {args.seed}; {hardware()}"
+        f"fit on {args.fit_tokens:,} tokens, training on {args.tokens:,}; {args.num_examples} questions a task; "
     )
+    conditions += f"one run, seed {args.seed}; {hardware()}"
     results = report["teacher"]["results"]
     print(f"\n{args.teacher}; {conditions}")
-    print(f"| {'':29s} | {' | '.join(results)} | text loss | tokens seen |")
-    print(
-        f"| {'':29s} | {' | '.join('trained on' if r['trained_on'] else 'held out' for r in results.values())} |  |  |"
-    )
+    kinds = ("trained on" if result["trained_on"] else "held out" for result in results.values())
+    titles = [f"{task}, {kind}" for task, kind in zip(results, kinds, strict=True)]
+    print("|", " | ".join([" " * 34, *titles, "text loss", "tokens seen"]), "|")
+    print("| --- |" + " ---: |" * (len(titles) + 2))
     for name, measured in report.items():
-        scores = (f"{measured['results'][task]['score']:{len(task)}.2f}" for task in results)
+        scores = (
+            f"{measured['results'][task]['score']:{len(title)}.2f}"
+            for task, title in zip(results, titles, strict=True)
+        )
         tokens = f"{measured.get('tokens_trained') or 0:,}"
-        print(f"| {name:29s} | {' | '.join(scores)} | {measured['text_loss']:9.3f} | {tokens:>11s} |", flush=True)
+        print(f"| {name:34s} | {' | '.join(scores)} | {measured['text_loss']:9.3f} | {tokens:>11s} |", flush=True)
     about = {"teacher": args.teacher, "conditions": conditions, "settings": vars(args), "versions": versions()}
     write_json(out / "ablation.json", {**about, "steps": CELLS, "cells": report})
     draw(report, out / "ablation.png")

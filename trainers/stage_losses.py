@@ -109,7 +109,7 @@ class StageLosses:
         return student if isinstance(student, RadHybridForCausalLM) else student.get_base_model()
 
     def _orientation_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Sum over layers of the distance between mixing and attention matrices; nothing of the student runs but B, C, a."""
+        """Sum over layers of the distance between mixing and attention matrices; only B, C and a of the student run."""
         body, teacher = self._student_causal_lm(student).model, self._teacher()
         counted = nn.functional.pad(counted, (0, 1)).float()  # [B, T]
         with self.accelerator.autocast():
