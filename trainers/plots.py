@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from trainers.files import atomic_path
 
@@ -190,6 +190,7 @@ def training_curves(
     path: str | os.PathLike,
     title: str,
     levels: dict[str, float] | None = None,
+    stages: dict[str, int] | None = None,
 ) -> None:
     """
     Draws what a training run logged against the tokens seen: losses on the left, accuracies, if any, on the right.
@@ -203,6 +204,8 @@ def training_curves(
             Line above the figure.
         levels (`dict[str, float]`, *optional*):
             Name -> value of a dashed line beside the losses, such as the teacher's.
+        stages (`dict[str, int]`, *optional*):
+            Name of a stage -> tokens at which it begins.
 
     Raises:
         `ValueError`: when there is no curve.
@@ -216,9 +219,8 @@ def training_curves(
     FigureCanvasAgg(figure)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for colour, (name, points) in zip(BAR_COLOURS[1:] * len(panel), panel.items(), strict=False):
-            axes.plot(
-                *zip(*points, strict=True), linewidth=2, color=colour, label=name.removeprefix("probe_accuracy/")
-            )
+            label, marker = name.removeprefix("probe_accuracy/"), "o" if len(points) < 30 else None
+            axes.plot(*zip(*points, strict=True), linewidth=2, color=colour, label=label, marker=marker, markersize=4)
         if panel is accuracies:
             _accuracy_axis(axes)
         else:
@@ -226,6 +228,11 @@ def training_curves(
                 axes.axhline(value, linestyle="--", linewidth=1.2, color=FAINT, label=name)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(colors=INK, labelsize=9)
+        for name, tokens in (stages or {}).items():
+            axes.axvline(tokens, linestyle=":", linewidth=1, color=FAINT)
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 2), "textcoords": "offset points"}
+            axes.annotate(name, (tokens, 1), color=FAINT, fontsize=8, **place)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("tokens", color=INK, fontsize=10)
         axes.legend(frameon=False, fontsize=9)
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.02, ha="left")

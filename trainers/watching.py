@@ -117,12 +117,13 @@ def measurements(folders: list[Path]) -> list[dict]:
             Folders of a student's stages, in their order.
 
     Returns:
-        `list[dict]`: one for each measurement. Of those that a resumed stage made anew, the last one counts.
+        `list[dict]`: one for each measurement, with the `stage` it was made in. Of those that a resumed stage made
+        anew, the last one counts.
     """
     found = {}
     for path in (folder / MEASUREMENTS for folder in folders):
         for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            measured = json.loads(line)
+            measured = {"stage": path.parent.name, **json.loads(line)}
             found[path, measured["step"]] = measured
     return list(found.values())
 
@@ -144,8 +145,11 @@ def draw_measurements(measured: list[dict], teacher: dict, floor: float, path: P
             Line above the figure.
     """
     curves: dict[str, list[tuple[int, float]]] = {}
+    stages, seen = {}, measured[0]["tokens"]
     for point in measured:
-        tokens, results = point["tokens"], point["results"]
+        stages.setdefault(point["stage"], seen)
+        seen = tokens = point["tokens"]
+        results = point["results"]
         values = {"loss on text": point["text_loss"]}
         values["probe_accuracy/coverage"] = coverage(results, teacher["results"], floor)["value"]
         values |= {f"probe_accuracy/{name}": result["score"] for name, result in results.items()}
@@ -153,7 +157,7 @@ def draw_measurements(measured: list[dict], teacher: dict, floor: float, path: P
             if value is not None:
                 curves.setdefault(name, []).append((tokens, value))
     level = teacher["text_loss"]
-    training_curves(curves, path, title, {} if level is None else {"teacher's loss": level})
+    training_curves(curves, path, title, {} if level is None else {"teacher's loss": level}, stages)
 
 
 class PlotCallback(TrainerCallback):
