@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
@@ -66,11 +66,14 @@ def test_a_dry_run_of_a_shipped_recipe_needs_no_hub(name, capsys, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_can_read_the_example_configurations(path):
     config = load_config_from_file(str(path))
-    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}[path.stem]
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}[path.stem]
     if path.stem == "fsdp2":
         keys = {key.removeprefix("fsdp_") for key in config.fsdp_config}
         known = {item.name for item in dataclasses.fields(FullyShardedDataParallelPlugin)} | {"version"}
         assert keys <= known
+    if path.stem == "zero3":
+        known = {item.name for item in dataclasses.fields(DeepSpeedPlugin)}
+        assert set(config.deepspeed_config) <= known and config.deepspeed_config["zero_stage"] == 3
 
 
 def test_a_dry_run_misses_data_that_is_gone(tmp_path, tiny_llama, tiny_tokenizer, capsys, monkeypatch):

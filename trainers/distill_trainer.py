@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from huggingface_hub import ModelCard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTTrainer
 
 from modeling_rad_hybrid import RadHybridForCausalLM
@@ -142,6 +143,10 @@ class RadDistillationTrainer(StageLosses, SFTTrainer):
             optimizers=optimizers,
             peft_config=peft_config,
         )
+        if args.train_embeddings and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "train_embeddings needs the head's gradient, which ZeRO-3 does not give; use FSDP2 or DDP."
+            )
         self.teacher_model = None
         if teacher is not None:
             self.teacher_model = place_teacher(self.accelerator, teacher.requires_grad_(False).eval())
@@ -327,7 +332,8 @@ class RadDistillationTrainer(StageLosses, SFTTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         # A gradient that is not finite shows in the loss one step late; by then it must not be in a checkpoint.
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
+            # ZeRO-3 keeps a parameter's numbers beside it, in shards.
+            if parameter.requires_grad and not getattr(parameter, "ds_tensor", parameter).isfinite().all():
                 self._stop(f"The parameter {name} is no longer finite and was not saved,")
         # A sharded checkpoint is enough to go on from; the student that a run ends with must load anywhere.
         whole_student = self.is_fsdp_enabled and not _internal_call

@@ -15,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.models import prepare_deepspeed
 
+from trainers.trl_compat import gathered
+
 
 # Parts of a teacher's layer that the student takes over under the same names.
 SHARED_PARTS = ("embed_tokens.", "norm.", "layernorm.", ".mlp.", "lm_head.")
@@ -77,8 +79,16 @@ def own_class(model: nn.Module) -> Iterator[None]:
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that may be sharded, as one tensor; the gradient finds its way back to the shards."""
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+    """
+    A weight that may be sharded, as one tensor. From FSDP2's shards the gradient finds its way back; what ZeRO-3 keeps
+    empty outside its module's forward comes as a copy without gradient, which a frozen head does not miss.
+    """
+    if isinstance(weight, DTensor):
+        return weight.full_tensor()
+    if hasattr(weight, "ds_id"):
+        with gathered(weight):
+            return weight.detach().clone()
+    return weight
 
 
 @contextmanager

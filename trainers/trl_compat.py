@@ -8,11 +8,15 @@ import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from trl.models.utils import _ForwardRedirection
+from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
 # Calls a function in place of a wrapped model's forward, so that DDP and FSDP see one forward of their module. It
 # takes (wrapped, unwrapped, function, *args) and loses accelerate's autocast, which the caller enters again.
 redirect_forward = _ForwardRedirection()
+
+# Makes parameters that ZeRO-3 partitions whole while its block runs.
+gathered = maybe_gather_lm_head_ctx
 
 VOCABULARY_TILE = 32768
 
