@@ -13,9 +13,12 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.scripts import distillation as on_policy
 
+from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.conversion import convert
 from trainers.head_map import HeadMap, TeacherShape
+from trainers.recipe import ROOT
 
 
 PROMPTS = ["house river", "the key is", "stone garden", "salt iron"]
@@ -60,3 +63,23 @@ def test_trl_trains_a_student(tmp_path, tiny_llama, tiny_tokenizer, name):
     assert trainer.state.global_step == 2
     moved = {key for key, p in student.named_parameters() if not torch.equal(p, before[key])}
     assert any(".mixer.ssm." in key for key in moved) and any(".mixer.attention." in key for key in moved)
+
+
+def test_the_recipe_of_on_policy_distillation_runs(tmp_path, monkeypatch, tiny_llama, tiny_tokenizer):
+    """`trl distillation --config recipes/trl/on-policy.yaml`, with a small student, fewer steps and no accelerator."""
+    monkeypatch.chdir(tmp_path)
+    shape = TeacherShape.from_config(tiny_llama.config, "test/teacher")
+    for name, model in (("teacher", tiny_llama), ("student", convert(tiny_llama, HeadMap(shape, [[], [1], [0, 2]])))):
+        model.save_pretrained(name)
+        tiny_tokenizer.save_pretrained(name)
+    rows(prompt="").to_json("prompts/train.jsonl")
+    words = "--model_name_or_path student --teacher_model_name_or_path teacher --dataset_name prompts --output_dir out"
+    words += " --max_steps 2 --max_completion_length 4 --learning_rate 1e-2 --per_device_train_batch_size 2"
+    words += " --gradient_accumulation_steps 1 --bf16 false --use_cpu true --report_to none --save_strategy no"
+    parsed = on_policy.make_parser().parse_args_and_config(
+        ["--config", str(ROOT / "recipes" / "trl" / "on-policy.yaml"), *words.split()]
+    )
+    on_policy.main(*parsed)
+    before, after = (RadHybridForCausalLM.from_pretrained(name).state_dict() for name in ("student", "out"))
+    assert any(not torch.equal(after[name], weight) for name, weight in before.items() if ".mixer.ssm." in name)
+    assert (tmp_path / "out" / "modeling_rad_hybrid.py").is_file()

@@ -22,7 +22,7 @@ from trainers.distill_config import RadDistillationConfig
 from trainers.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer
 from trainers.head_map import HeadMap, TeacherShape
 from trainers.losses import divergence
-from trainers.watching import MeasureCallback, draw_measurements, measurements
+from trainers.watching import DivergedError, MeasureCallback, draw_measurements, measurements
 
 
 KEPT_HEADS = [[], [1], [0, 1, 2, 3]]
@@ -402,6 +402,29 @@ def test_a_loss_that_is_not_finite_names_step_layer_and_checkpoint(student, make
         make_trainer(copy.deepcopy(student), callbacks=[Poison(3, name)], **settings).train()
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_loss_that_runs_away_is_stopped_while_it_is_finite(student, make_trainer, stage):
+    class Blow(TrainerCallback):
+        """Weights a thousand times too large, as a rate far too high would make them."""
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 5:
+                for weight in (model.model.layers[1].mixer.ssm.out_proj.weight, model.model.norm.weight):
+                    weight.data.mul_(1000)
+
+    settings = {
+        "stage": stage,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "alignment_loss_type": "mse",
+    }
+    trainer = make_trainer(student, callbacks=[Blow()], learning_rate=1e-2, **settings)
+    layer = ", most of all in layer 1" if stage == "alignment" else ""
+    with pytest.raises(DivergedError, match=rf"at step 6{layer}, after .*the run diverges\. .*checkpoint-[24]\."):
+        trainer.train()
+
+
 def test_a_checkpoint_never_holds_a_parameter_that_is_not_finite(student, make_trainer):
     name = "model.layers.1.mlp.up_proj.weight"
     settings = {"stage": "distillation", "max_steps": 6, "save_strategy": "steps", "save_steps": 2}
@@ -412,7 +435,7 @@ def test_a_checkpoint_never_holds_a_parameter_that_is_not_finite(student, make_t
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint(student, make_trainer):
-    with pytest.raises(NonFiniteError, match="nan at step 2. No checkpoint had been written"):
+    with pytest.raises(NonFiniteError, match="nan at step 2. No good checkpoint had been written"):
         make_trainer(student, stage="distillation", callbacks=[Poison(1, "model.norm.weight")]).train()
 
 

@@ -1,6 +1,7 @@
 """Checkpoints of a run: which is the newest whole one, and what is said where the next could not be written."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ class SavingError(OSError):
     """A checkpoint or the student could not be written; the message says where, why and what is whole."""
 
 
-def last_checkpoint(output_dir: str | Path) -> str | None:
+def last_checkpoint(output_dir: str | Path, most_steps: float = math.inf) -> str | None:
     """
     Finds the newest whole checkpoint of a run.
 
@@ -23,6 +24,8 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
     Args:
         output_dir (`str` or `Path`):
             Folder of the run; it need not exist.
+        most_steps (`float`, *optional*):
+            Greatest step to look at.
 
     Returns:
         `str`, *optional*: the checkpoint's folder, or `None` where there is no whole one.
@@ -33,13 +36,14 @@ def last_checkpoint(output_dir: str | Path) -> str | None:
             steps[json.loads(state.read_text(encoding="utf-8"))["global_step"]] = str(state.parent)
         except (json.JSONDecodeError, KeyError):
             continue
+    steps = {step: folder for step, folder in steps.items() if step <= most_steps}
     return steps[max(steps)] if steps else None
 
 
-def last_good(output_dir: str | Path) -> str:
+def last_good(output_dir: str | Path, most_steps: float = math.inf) -> str:
     """[`last_checkpoint`] as a sentence."""
-    checkpoint = last_checkpoint(output_dir)
-    return f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written."
+    checkpoint = last_checkpoint(output_dir, most_steps)
+    return f"The last good checkpoint is {checkpoint}." if checkpoint else "No good checkpoint had been written."
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from trainers.tasks import ProbeTask
 from trainers.teachers import load_teacher, teacher_identity
 from trainers.teaching import Taught
 from trainers.trl_compat import redirect_forward
-from trainers.watching import PlotCallback, ProbeCallback
+from trainers.watching import DivergenceCallback, PlotCallback, ProbeCallback
 
 
 # What conversion adds to the teacher: the only part that alignment trains.
@@ -150,6 +150,7 @@ class RadDistillationTrainer(StageLosses, SFTTrainer):
         self.teacher_model = None
         if teacher is not None:
             self.teacher_model = place_teacher(self.accelerator, teacher.requires_grad_(False).eval())
+        self.add_callback(DivergenceCallback(Path(args.output_dir) / LAYER_ERRORS))
         self.add_callback(PlotCallback())
         if args.probe_steps is not None:
             probe = KVRetrieval(format="json", pairs=20, shots=2, queries=4)

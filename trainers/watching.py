@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
+from trainers.checkpoints import last_good
 from trainers.evaluation import coverage
 from trainers.plots import training_curves
 from trainers.tasks import ProbeTask
@@ -22,6 +23,42 @@ from trainers.tasks import ProbeTask
 
 PLOT = "training.png"
 MEASUREMENTS = "measurements.jsonl"
+
+
+class DivergedError(ValueError):
+    """The loss ran away while it was still finite; the message says when, in which layer and what is still good."""
+
+
+class DivergenceCallback(TrainerCallback):
+    """
+    Stops a run whose loss ran away: above its first value and above ten times its lowest.
+
+    Args:
+        layer_errors (`Path`):
+            File of the layers' errors in the alignment stage; its last line names the worst layer.
+    """
+
+    TIMES = 10
+
+    def __init__(self, layer_errors: Path):
+        self.layer_errors = layer_errors
+
+    def on_log(self, args, state, control, **kwargs):
+        losses = [(entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry]
+        if not losses or losses[-1][0] != state.global_step:
+            return
+        lowest_step, lowest = min(losses, key=lambda entry: entry[1])
+        loss = losses[-1][1]
+        if loss <= max(losses[0][1], self.TIMES * lowest):
+            return
+        where = ""
+        if self.layer_errors.is_file():
+            errors = json.loads(self.layer_errors.read_text(encoding="utf-8").splitlines()[-1])["relative_error"]
+            where = f", most of all in layer {max(range(len(errors)), key=errors.__getitem__)}"
+        raise DivergedError(
+            f"The loss is {loss:.4g} at step {state.global_step}{where}, after {lowest:.4g} at step {lowest_step}: the "
+            f"run diverges. {last_good(args.output_dir, lowest_step)} Lower the learning rate or warm up longer."
+        )
 
 
 class ProbeCallback(TrainerCallback):
