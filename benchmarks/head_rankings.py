@@ -21,6 +21,7 @@ from trainers.head_curves import curve, greedy
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import score_heads
 from trainers.plots import accuracy_curves
+from trainers.precision import DTYPES
 from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import KVRetrieval
 from trainers.recipe import Recipe
@@ -41,12 +42,12 @@ def main() -> None:
         probe = KVRetrieval(format=form, values=FORMATS[form], pairs=20, shots=2, queries=10)
         scores = exact(workshop, probe, seed, args, out / f"scores-{form}-{seed}.json")
         rankings[form, seed, "ablation"] = scores.ranking()
-        for screen in SCREENS:
+        for screen in args.screens:
             rankings[form, seed, screen] = screened(workshop, probe, seed, screen, args, out)
         rankings[form, seed, "greedy"] = greedily(workshop, probe, seed, scores, args, out)
         if seed == args.seeds[0]:
             draw(workshop, probe, seed, scores, args, out)
-    print(f"{workshop.teacher_name}, {args.num_examples} questions, {hardware()}, {versions()}")
+    print(f"{workshop.teacher_name}, {args.num_examples} questions, {args.dtype}, {hardware()}, {versions()}")
     report = overlaps(rankings, args)
     write_json(out / "overlaps.json", report)
 
@@ -61,6 +62,7 @@ def exact(workshop, probe, seed: int, args, path: Path) -> HeadScores:
             args.num_examples,
             seed,
             teacher=workshop.shape,
+            dtype=DTYPES[args.dtype],
             min_accuracy=0.5,
             partial_path=path.with_suffix(".partial.jsonl"),
         ).save(path)
@@ -139,7 +141,7 @@ def overlaps(rankings: dict, args) -> dict:
             for seed in args.seeds
         ],
     }
-    for method in (*SCREENS, "greedy"):
+    for method in (*args.screens, "greedy"):
         groups[f"{method} against ablation"] = [
             (reference[key[:2]], order) for key, order in rankings.items() if key[2] == method
         ]
@@ -167,6 +169,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", default="smollm2")
     parser.add_argument("--num-examples", type=int, default=100, help="questions (default: 100)")
     parser.add_argument("--formats", nargs="+", default=["json", "lines"], choices=FORMATS)
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of the exact scores (default: float32)")
+    parser.add_argument("--screens", nargs="*", default=list(SCREENS), choices=SCREENS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--pool", type=int, default=40, help="best heads that the greedy order chooses from")
     parser.add_argument("--steps", type=int, default=8, help="heads that it orders (default: 8)")

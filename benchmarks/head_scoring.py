@@ -21,10 +21,11 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from trainers.ablation import HeadAblation, attention_layers, inference, tokens_at_once
+from trainers.ablation import HeadAblation, inference, tokens_at_once
 from trainers.evaluation import hardware, versions
 from trainers.files import write_json
 from trainers.head_compare import overlap
+from trainers.head_layout import attention_layers
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import score_heads
 from trainers.probe_rows import pack

@@ -14,17 +14,13 @@ import shutil
 import time
 from pathlib import Path
 
-from trainers import actions
-from trainers.ablation import tokens_at_once
-from trainers.data import token_batches
+from trainers import actions, head_actions
 from trainers.evaluation import hardware, versions
 from trainers.files import read_json, write_json
 from trainers.head_map import HeadMap
 from trainers.head_scores import HeadScores
 from trainers.plots import accuracy_bars
-from trainers.probe_rows import pack
-from trainers.probes import probe_from_settings
-from trainers.recipe import Recipe, ScoreSettings, StageSettings
+from trainers.recipe import Recipe, StageSettings
 from trainers.selection import (
     CacheBudget,
     best_layers,
@@ -35,7 +31,6 @@ from trainers.selection import (
     top_k,
     uniform_layers,
 )
-from trainers.text_scores import layers_by_probe, layers_by_text
 from trainers.workshop import Workshop
 
 
@@ -86,7 +81,7 @@ def recipe(args) -> dict:
         "data": {"length": 512, "probes": probes},
         "calibrate": {"tokens": args.fit_tokens},
         "eval": {
-            "text_tokens": 8192,
+            "text_tokens": 4096,
             "batch_size": args.prompts,
             "tasks": [
                 {"probe": {"name": "kv", "shots": 2, "queries": 4, **probe}, "num_examples": args.num_examples}
@@ -104,7 +99,7 @@ def recipe(args) -> dict:
 def scored(workshop, args, out: Path) -> HeadScores:
     """The scores given, or those of the teacher."""
     path = Path(args.scores) if args.scores else out / "scores.json"
-    return HeadScores.load(path) if path.is_file() else actions.score(workshop, out)
+    return HeadScores.load(path) if path.is_file() else head_actions.score(workshop, out)
 
 
 def budget(teacher, args) -> CacheBudget:
@@ -118,19 +113,13 @@ def head_maps(workshop, scores: HeadScores, args, out: Path) -> dict[str, HeadMa
     """One map for each selector."""
     cache, teacher = budget(scores.teacher, args), scores.teacher
     if not (out / "layers.json").is_file():
-        model, tokenizer = workshop.teacher, workshop.tokenizer
-        examples = probe_from_settings(ScoreSettings().probe).examples(args.num_examples, args.seed)
-        tokens = tokens_at_once(model, None) // teacher.num_hidden_layers
-        batches = pack(tokenizer, examples, None, model.device, tokens=tokens)
-        text = token_batches(workshop.held_out_rows(args.text_tokens), 4)
-        measured = {"probe": layers_by_probe(model, tokenizer, batches), "text": layers_by_text(model, text)}
-        write_json(out / "layers.json", measured)
+        head_actions.measure_layers(workshop, args.num_examples, args.text_tokens, out / "layers.json")
     layers = read_json(out / "layers.json")
     return {
         "top groups": top_groups(scores, cache=cache),
         "top-k": top_k(scores, cache=cache),
-        "leave one layer out": best_layers(teacher, layers["probe"], "leave-one-layer-out", cache=cache),
-        "KL-guided layers": best_layers(teacher, layers["text"], "kl-guided", cache=cache),
+        "leave one layer out": best_layers(teacher, layers["leave-one-layer-out"], "leave-one-layer-out", cache=cache),
+        "KL-guided layers": best_layers(teacher, layers["kl-guided"], "kl-guided", cache=cache),
         "uniform layers": uniform_layers(teacher, cache=cache),
         "every n-th layer": every_nth_layer(teacher, teacher.num_hidden_layers // args.layers),
         "random heads": random_heads(teacher, cache=cache, seed=args.seed),

@@ -120,7 +120,7 @@ def test_a_recorded_command_line_has_no_token():
     ("typed", "offered"),
     [
         (["sc"], "score"),
-        (["heads", ""], "show compare curves kinds locate push pull"),
+        (["heads", ""], "show compare curves kinds layers locate push pull"),
         (["heads", "pu"], "push pull"),
         (["heads", "push", "--sc"], "--scores"),
         (["convert", "smollm2", "--mixing", ""], "replace parallel"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny_retriever import KEYS, build_tiny_retriever
 
-from trainers.ablation import attention_layers
 from trainers.head_curves import answers_without, curve, greedy
+from trainers.head_layout import attention_layers
 from trainers.probe_rows import pack
 from trainers.probes import KVRetrieval
 from trainers.text_scores import layers_by_probe, layers_by_text, text_kl

@@ -27,8 +27,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trainers.ablation import HeadAblation, attention_layers, inference
+from trainers.ablation import HeadAblation, inference
 from trainers.files import sha256
+from trainers.head_layout import attention_layers
 from trainers.head_scores import HeadScores
 from trainers.head_scoring import ProbeFailedError, score_heads
 from trainers.probe_rows import pack

@@ -45,6 +45,26 @@ def test_from_scores_to_pictures(teacher, tiny_llama, tiny_tokenizer, tmp_path, 
     assert {row["kind"] for row in kinds["rows"]} <= {"gather", "aggregate", "both", "neither"}
     assert len(list(out.glob("head_[0-9]*.png"))) == 2
 
+    layers = out / "layers.json"
+    measured = run(capsys, "heads", "layers", teacher, "--out", layers, "--num-examples", 2, "--text-tokens", 512)
+    importance = {name: [row[name] for row in measured["rows"]] for name in ("leave-one-layer-out", "kl-guided")}
+    assert json.loads(layers.read_text()) == importance and min(importance["kl-guided"]) > 0
+    for method, values in importance.items():
+        run(
+            capsys,
+            "select",
+            out / "scores.json",
+            "--method",
+            method,
+            "--layers",
+            layers,
+            "--heads",
+            4,
+            "--out",
+            out / "m",
+        )
+        assert HeadMap.load(out / "m").pairs == [(values.index(max(values)), head) for head in range(4)]
+
     student = convert(tiny_llama, HeadMap.load(out / "head_map.json"))
     student.save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
@@ -54,12 +74,25 @@ def test_from_scores_to_pictures(teacher, tiny_llama, tiny_tokenizer, tmp_path, 
     assert json.loads((out / "located.json").read_text()) == located
 
 
+def test_heads_ranked_by_what_text_loses(teacher, tmp_path, capsys):
+    out = tmp_path / "run"
+    asked = ["--pairs", 4, "--shots", 1, "--queries", 2, "--num-examples", 2, "--min-accuracy", 0]
+    found = run(capsys, "score", teacher, "--out", out, *asked, "--text-tokens", 512)
+    scores = HeadScores.load(out / "scores.json")
+    table = {(layer, head): value for layer, row in enumerate(scores.text_kl) for head, value in enumerate(row)}
+    assert min(table.values()) > 0 and {"KL on text"} <= set(found["rows"][0])
+    run(capsys, "select", out / "scores.json", "--heads", 2, "--by", "text_kl", "--out", out / "map.json")
+    head_map = HeadMap.load(out / "map.json")
+    assert set(head_map.pairs) == set(sorted(table, key=table.get)[-2:]) and head_map.selection["by"] == "text_kl"
+
+
 @pytest.mark.parametrize(
     ("words", "kept"),
     [
         (["--heads", 2], [[], [0, 1]]),
         (["--heads", 3, "--method", "top-groups"], [[1], [0, 1]]),
         (["--threshold", 0.5], [[], [0]]),
+        (["--heads", 2, "--by", "logprob_drop"], [[], [0, 3]]),
         (["--heads", 4, "--method", "uniform-layers"], [[], [0, 1, 2, 3]]),
         (["--n", 2, "--method", "every-nth-layer"], [[], [0, 1, 2, 3]]),
         (["--cache-bytes", 4000, "--tokens", 64, "--state-size", 2], [[], [0, 1]]),

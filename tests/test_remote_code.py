@@ -20,22 +20,30 @@ from trainers.staging import code_files
 SHIPPED = Path(modeling_rad_hybrid.__file__).parent
 TRAINERS = Path(trainers.__file__).parent
 # From the ground up. A module imports from its own folder only what stands before it.
-MODEL_ORDER = ["configuration_rad_hybrid", "backbone", "ssd_kernels", "ssd_triton", "ssd_mamba", "ssd", "rollback_cache"]
+MODEL_ORDER = [
+    "configuration_rad_hybrid",
+    "backbone",
+    "ssd_kernels",
+    "ssd_triton",
+    "ssd_mamba",
+    "ssd",
+    "rollback_cache",
+]
 MODEL_ORDER += ["mixer_kernels", "mixer_triton", "discrete_mamba2", "masks", "packed_rows", "generation"]
 MODEL_ORDER += ["modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
     | {"checkpoints", "orientation"}
-    | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "probes"}
+    | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "continuations", "probes"}
     | {"head_map", "losses", "distill_config", "plots", "documents", "shared_work", "head_compare"},
-    {"probe_rows", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
+    {"probe_rows", "head_layout", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}
     | {"head_curves", "text_scores", "head_kinds", "families", "teachers", "tasks", "recipe"},
     {"conversion", "calibration", "student_heads", "data", "packing", "evaluation", "stage_losses"}
     | {"distill_trainer", "placement", "teaching", "watching"}
     | {"head_map_repo", "model_card", "staging", "verify", "reload", "publish", "local_hub", "inspection"},
-    {"workshop", "estimates", "actions", "pipeline", "distill", "verbs"},
-    {"cli"},
+    {"workshop", "estimates", "actions", "head_actions", "pipeline", "distill", "verbs", "head_verbs", "cli_output"},
+    {"cli", "cli_options", "cli_heads"},
 ]
 
 

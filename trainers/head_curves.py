@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import HeadAblation, Heads, attention_layers, head_means, inference, tokens_at_once
+from trainers.ablation import HeadAblation, Heads, head_means, inference, tokens_at_once
+from trainers.head_layout import attention_layers
 from trainers.probe_rows import PackedExamples
 
 

@@ -2,8 +2,8 @@
 What kind of head a retrieval head is: gather, aggregate, or neither, by which half of the task its ablation hurts, and
 what it attends to there (Gather-and-Aggregate, https://huggingface.co/papers/2504.18574).
 
-Retrieval is a relay. A **gather** head works at the entries of the prompt: at a value it looks back to the value's key
-and stores which key the value belongs to; ablated at the entries alone, it is missed. An **aggregate** head works at the
+Retrieval is a relay. A **gather** head works at the entries of the prompt: behind a key it looks back to the key and
+stores which one the entry belongs to; ablated at the entries alone, it is missed. An **aggregate** head works at the
 question: it looks at the value that was asked for and brings it; ablated at the question alone, it is missed. A head
 that is missed in a half where it attends to neither does something else there, such as spelling the question out.
 
@@ -21,8 +21,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import attention_layers, inference
+from trainers.ablation import inference
 from trainers.families import logits_scale
+from trainers.head_layout import attention_layers
 from trainers.probes import EncodedAnswer, Example, KVRetrieval
 
 
@@ -52,7 +53,8 @@ class HeadKind:
             Drop in the answer's log-probability, in nats, when the head is ablated at the entries, and at the
             question and the answer.
         gather_attention (`float`), aggregate_attention (`float`):
-            Mean attention from the asked value to its key, and from the question to the asked value.
+            Mean attention to the asked entry's key, from where it is greatest between the key and the value's end; and
+            from the question to the asked value.
     """
 
     layer: int
@@ -128,7 +130,8 @@ def head_kinds(
             sums[:, :2] += _drops(model, one, pairs, marks.entries)
             weights = _patterns(model, one.context + one.target, pairs)  # [heads, T, T]
             asking = range(len(one.context) - 1, len(one.context) + one.num_answer - 1)
-            sums[:, 2] += weights[:, marks.value][:, :, marks.key].sum(-1).amax(-1)
+            behind = range(marks.key[-1] + 1, marks.value[-1] + 1)
+            sums[:, 2] += weights[:, behind][:, :, marks.key].sum(-1).amax(-1)
             sums[:, 3] += weights[:, asking][:, :, marks.value].sum(-1).amax(-1)
     means = (sums / num_examples).tolist()
     return [HeadKind(*pair, _kind(*values), *values) for pair, values in zip(pairs, means, strict=True)]

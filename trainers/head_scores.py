@@ -91,17 +91,29 @@ class HeadScores:
         if spared and self.screened is None:
             raise ValueError("accuracy_drop leaves heads out, but no screen says why.")
 
-    def ranking(self) -> list[tuple[int, int]]:
+    def ranking(self, by: str = "accuracy_drop") -> list[tuple[int, int]]:
         """
-        Returns (layer, head) of every head, most needed first: by drop in accuracy, then in log-probability; after
-        them those that a screen spared, by what it gave.
+        Returns (layer, head) of every head, most needed first.
+
+        Args:
+            by (`str`, *optional*, defaults to `"accuracy_drop"`):
+                `"accuracy_drop"`, which the drop in log-probability tells apart where it is the same; `"logprob_drop"`;
+                or `"text_kl"`. Heads that a screen spared come after those that were ablated, by what it gave.
+
+        Raises:
+            `ValueError`: when there is no such score, or it was not measured.
         """
+        table = {"accuracy_drop": self.accuracy_drop, "logprob_drop": self.logprob_drop, "text_kl": self.text_kl}.get(
+            by
+        )
+        if table is None:
+            raise ValueError(f"These scores of {self.teacher.id} hold no {by}. `--text-tokens 8192` measures text_kl.")
 
         def value(pair: tuple[int, int]) -> tuple:
             layer, head = pair
-            if self.accuracy_drop[layer][head] is None:
+            if table[layer][head] is None:
                 return False, self.screened[layer][head], 0.0
-            return True, self.accuracy_drop[layer][head], self.logprob_drop[layer][head]
+            return True, table[layer][head], 0.0 if by == "text_kl" else self.logprob_drop[layer][head]
 
         return sorted(self._pairs(), key=value, reverse=True)
 

@@ -24,8 +24,9 @@ import transformers
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import HeadAblation, attention_layers, head_means, inference, tokens_at_once
+from trainers.ablation import HeadAblation, head_means, inference, tokens_at_once
 from trainers.asking import check_candidates
+from trainers.head_layout import attention_layers
 from trainers.head_map import TeacherShape
 from trainers.head_scores import HeadScores
 from trainers.probe_rows import PackedExamples, pack
@@ -130,15 +131,14 @@ def score_heads(
     batches = pack(tokenizer, examples, rows, model.device, tokens=batch_tokens // num_heads)
     with inference(model, dtype):
         base = _base(model, tokenizer, batches, dtype, answers)
-    accuracy, log_prob = base["correct"] / num_examples, base["log_prob"] / num_examples
     _check_solved(teacher.id, probe, base["answered"], min_accuracy)
     scores = HeadScores(
         teacher=teacher,
         probe=probe.settings(),
         num_examples=num_examples,
         seed=seed,
-        base_accuracy=round(accuracy, 6),
-        base_logprob=round(log_prob, 6),
+        base_accuracy=round(base["correct"] / num_examples, 6),
+        base_logprob=round(base["log_prob"] / num_examples, 6),
         accuracy_drop=[[0.0] * num_heads] * num_layers,
         logprob_drop=[[0.0] * num_heads] * num_layers,
         dtype=str(dtype or model.dtype).removeprefix("torch."),
@@ -152,24 +152,24 @@ def score_heads(
     if screen is not None:
         shown = progress and is_main_process()
         table = screen_heads(model, tokenizer, examples, screen, dtype, batch_tokens, shown)
-        chosen = survivors(table, num_survivors or (teacher.num_heads + 3) // 4)
-        chosen = agreed(chosen)
+        chosen = agreed(survivors(table, num_survivors or (teacher.num_heads + 3) // 4))
         wanted = [[head for head in heads if (i, head) in chosen] for i, heads in enumerate(wanted)]
         scores = replace(scores, screened=[[round(value, 6) for value in row] for row in table])
-    run = {name: value for name, value in asdict(scores).items() if name not in RESULTS}
-    # Another machine's rounding is no reason to begin anew; another model is.
-    run |= {"rows": len(batches[0].input_ids), "base_logprob": round(log_prob, 3)}
-    work = SharedWork(partial_path, run)
+    work = _begun(partial_path, scores, batches)
     with inference(model, dtype):
         _ablate_all(model, tokenizer, batches, wanted, work, scores, batch_tokens, offload, progress)
-    units = {(unit["batch"], unit["layer"], tuple(unit["heads"])): unit for unit in work.gather()}
-    drops = {
-        name: _drops(units, key, base[key], batches, wanted, num_heads, num_examples)
-        for name, key in (("accuracy_drop", "correct"), ("logprob_drop", "log_prob"))
-    }
+    drops = _drops(work.gather(), base, batches, wanted, num_heads, num_examples)
     scores = replace(scores, **drops, date=work.date)
     work.remove()
     return scores
+
+
+def _begun(partial_path, scores: HeadScores, batches: list[PackedExamples]) -> SharedWork:
+    """What is done of these scores already."""
+    run = {name: value for name, value in asdict(scores).items() if name not in RESULTS}
+    # Another machine's rounding is no reason to begin anew; another model is.
+    run |= {"rows": len(batches[0].input_ids), "base_logprob": round(scores.base_logprob, 3)}
+    return SharedWork(partial_path, run)
 
 
 def _ablate_all(model, tokenizer, batches, wanted, work: SharedWork, scores, batch_tokens, offload, progress) -> None:
@@ -247,16 +247,20 @@ def _ablate_layer(ablation: HeadAblation, layer: int, heads: list[int], batch_to
     }
 
 
-def _drops(units: dict, name: str, base: float, batches, wanted, num_heads: int, num_examples: int) -> list[list]:
-    """[L][H] of what is lost, `None` for a head that was not ablated."""
-    table = []
-    for layer, heads in enumerate(wanted):
-        rows = [units[number, layer, tuple(heads)][name] for number in range(len(batches))] if heads else []
-        sums = dict(zip(heads, map(sum, zip(*rows, strict=True)), strict=True))
-        table.append(
-            [round((base - sums[head]) / num_examples, 6) if head in sums else None for head in range(num_heads)]
-        )
-    return table
+def _drops(done: list[dict], base: dict, batches, wanted, num_heads: int, num_examples: int) -> dict[str, list[list]]:
+    """Both tables of what is lost, [L][H], `None` for a head that was not ablated."""
+    units = {(unit["batch"], unit["layer"], tuple(unit["heads"])): unit for unit in done}
+
+    def table(name: str) -> list[list]:
+        rows = []
+        for layer, heads in enumerate(wanted):
+            parts = [units[number, layer, tuple(heads)][name] for number in range(len(batches))] if heads else []
+            sums = dict(zip(heads, map(sum, zip(*parts, strict=True)), strict=True))
+            lost = {head: round((base[name] - value) / num_examples, 6) for head, value in sums.items()}
+            rows.append([lost.get(head) for head in range(num_heads)])
+        return rows
+
+    return {"accuracy_drop": table("correct"), "logprob_drop": table("log_prob")}
 
 
 def _check_solved(id: str, probe: Probe, answered: list[bool], min_accuracy: float) -> None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from trainers import actions
+from trainers import actions, head_actions
 from trainers.estimates import Estimate
 from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
@@ -238,12 +238,12 @@ class Pipeline:
     def _score(self, resumed: bool) -> None:
         if not resumed:
             (self.out / "scores.partial.jsonl").unlink(missing_ok=True)
-        actions.score(self.workshop, self.out)
+        head_actions.score(self.workshop, self.out)
 
     def _select(self, kind: str) -> None:
-        head_map = actions.select(self.workshop, kind, self._scores(), self.folder(kind) / "head_map.json")
+        head_map = head_actions.select(self.workshop, kind, self._scores(), self.folder(kind) / "head_map.json")
         if kind == "found" and self._scores() is not None:
-            actions.draw(HeadScores.load(self._scores()), head_map, self.out / "scores.png")
+            head_actions.draw(HeadScores.load(self._scores()), head_map, self.out / "scores.png")
         self.console.print(kept_table(head_map))
 
     def _scores(self) -> Path | None:

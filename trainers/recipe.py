@@ -60,6 +60,8 @@ class ScoreSettings:
             When an answer counts: `"generated"` or `"candidates"`.
         screen (`str`, *optional*), survivors (`int`, *optional*):
             Screen of [`trainers.screens`] that chooses the heads to ablate, and how many it lets through.
+        text_tokens (`int`, *optional*, defaults to `0`):
+            Tokens of held-out text on which every head is ablated too, for its divergence there.
     """
 
     probe: dict = field(
@@ -72,6 +74,7 @@ class ScoreSettings:
     answers: str = "generated"
     screen: str | None = None
     survivors: int | None = None
+    text_tokens: int = 0
 
 
 @dataclass(frozen=True)

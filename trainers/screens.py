@@ -25,8 +25,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import Ablator, HeadAblation, attention_layers, inference, tokens_at_once
+from trainers.ablation import Ablator, HeadAblation, inference, tokens_at_once
 from trainers.families import logits_scale
+from trainers.head_layout import attention_layers
 from trainers.probe_rows import PackedExamples, pack
 from trainers.questions import Example
 

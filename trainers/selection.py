@@ -69,6 +69,7 @@ def top_k(
     fraction: float | None = None,
     fill_groups: bool = False,
     cache: CacheBudget | None = None,
+    by: str = "accuracy_drop",
 ) -> HeadMap:
     """
     Keeps the best-scored heads.
@@ -88,20 +89,22 @@ def top_k(
             budget.
         cache ([`CacheBudget`], *optional*):
             Most bytes of cache: the heads are taken in their order for as long as they fit.
+        by (`str`, *optional*, defaults to `"accuracy_drop"`):
+            Score that orders the heads, as in [`HeadScores.ranking`].
 
     Raises:
         `ValueError`: when the budget is missing, given twice or cannot be met, or the layouts differ.
     """
     teacher = _checked_teacher(scores, teacher)
-    ranking = scores.ranking()
+    ranking = scores.ranking(by)
     kept = _spend(teacher, [[pair] for pair in ranking], heads, fraction, cache)
     count = len(kept)
     if fill_groups:
         groups = {_group(teacher, pair) for pair in kept}
         mates = [pair for pair in ranking[count:] if _group(teacher, pair) in groups]
         kept += [(layer, head) for layer, head in mates if _helps(scores, layer, head)]
-    more = {"fill_groups": True} if fill_groups else {}
-    return _scored_map(scores, teacher, kept, _selection("top-k", count, fraction, cache, **more))
+    more = {**({"fill_groups": True} if fill_groups else {}), **({} if by == "accuracy_drop" else {"by": by})}
+    return _scored_map(scores, teacher, kept, _selection("top-k", count, fraction, cache, **more), ranking)
 
 
 def top_groups(
@@ -337,12 +340,18 @@ def _checked_teacher(scores: HeadScores, teacher: TeacherShape | None) -> Teache
     return teacher
 
 
-def _scored_map(scores: HeadScores, teacher: TeacherShape, kept: list[Pair], selection: dict) -> HeadMap:
+def _scored_map(
+    scores: HeadScores,
+    teacher: TeacherShape,
+    kept: list[Pair],
+    selection: dict,
+    ranking: list[Pair] | None = None,
+) -> HeadMap:
     return HeadMap.from_pairs(
         teacher,
         kept,
         selection=selection,
-        ranking=scores.ranking(),
+        ranking=ranking or scores.ranking(),
         probe=scores.probe,
         scores_sha256=scores.sha256,
         source=(

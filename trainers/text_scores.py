@@ -17,9 +17,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trainers.ablation import MAX_LOGITS, Ablator, Heads, attention_layers, inference, tokens_at_once
+from trainers.ablation import MAX_LOGITS, Ablator, Heads, inference, tokens_at_once
 from trainers.families import logits_scale
 from trainers.head_curves import answers_without
+from trainers.head_layout import attention_layers
 from trainers.probe_rows import PackedExamples
 
 

@@ -6,72 +6,12 @@ The verbs of `hf-rad`: each turns the words of a command line into one call of [
 import argparse
 import dataclasses
 import json
-import shlex
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-
-def score(args: argparse.Namespace) -> None:
-    """Scores a teacher's heads."""
-    from trainers import actions
-    from trainers.shared_work import is_main_process
-
-    settings = {
-        "probe": _probe(args),
-        "num_examples": args.num_examples,
-        "min_accuracy": args.min_accuracy,
-        "dtype": args.dtype,
-        "ablation": args.ablation,
-        "answers": args.answers,
-        "screen": args.screen,
-        "survivors": args.survivors,
-    }
-    scores = actions.score(_workshop(args, score=settings), Path(args.out))
-    if not is_main_process():
-        return
-    rows = [
-        {
-            "layer": layer,
-            "head": head,
-            "accuracy drop": scores.accuracy_drop[layer][head],
-            "log-probability drop": scores.logprob_drop[layer][head],
-        }
-        for layer, head in scores.ranking()[: args.show]
-    ]
-    files = {"scores": f"{args.out}/scores.json", "heat_map": f"{args.out}/scores.png"}
-    _show(args, {**files, "accuracy": scores.base_accuracy}, f"The {len(rows)} heads that cost most", rows)
-
-
-def select(args: argparse.Namespace) -> None:
-    """Chooses the kept heads."""
-    from trainers import selection
-    from trainers.actions import draw
-    from trainers.head_scores import HeadScores
-
-    scores = HeadScores.load(args.scores)
-    budget = {"heads": args.heads, "fraction": args.fraction}
-    if args.cache_bytes is not None:
-        budget["cache"] = selection.CacheBudget(args.cache_bytes, args.tokens, args.state_size)
-    if args.method == "every-nth-layer":
-        if args.n is None:
-            raise ValueError("--method every-nth-layer keeps one layer in n; give --n.")
-        head_map = selection.every_nth_layer(scores.teacher, args.n)
-    elif args.threshold is not None:
-        head_map = selection.threshold(scores, accuracy_drop=args.threshold)
-    elif args.method == "random":
-        head_map = selection.random_heads(scores.teacher, seed=args.seed, **budget)
-    elif args.method == "uniform-layers":
-        head_map = selection.uniform_layers(scores.teacher, **budget)
-    elif args.method == "top-groups":
-        head_map = selection.top_groups(scores, **budget)
-    else:
-        head_map = selection.top_k(scores, fill_groups=args.fill_groups, **budget)
-    head_map.save(args.out)
-    picture = Path(args.out).with_suffix(".png")
-    draw(scores, head_map, picture)
-    _show(args, {"head_map": args.out, "heat_map": str(picture)}, *_kept(head_map))
+from trainers import head_verbs
+from trainers.cli_output import command_line, done, show, workshop_of
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -82,7 +22,7 @@ def convert(args: argparse.Namespace) -> None:
 
     if args.head_map is None:
         raise ValueError("There is no head map: name a file, a folder, the teacher of a shipped map, or a Hub id.")
-    workshop = _workshop(
+    workshop = workshop_of(
         args,
         convert={"mixing": args.mixing, "state_size": args.state_size},
         calibrate={"tokens": args.tokens},
@@ -92,7 +32,7 @@ def convert(args: argparse.Namespace) -> None:
     outcome = convert_student(workshop, head_map, Path(args.out), args.scores and Path(args.scores))
     if args.format == "human" and not args.quiet:
         Console().print(*conversion_tables(outcome))
-    _show(args, {"student": args.out, **({} if args.format == "human" else outcome)})
+    show(args, {"student": args.out, **({} if args.format == "human" else outcome)})
 
 
 def pack(args: argparse.Namespace) -> None:
@@ -102,7 +42,7 @@ def pack(args: argparse.Namespace) -> None:
     from trainers.recipe import DataSettings, Recipe
     from trainers.workshop import EXCERPT
 
-    workshop = _workshop(args)
+    workshop = workshop_of(args)
     data = Recipe.load(args.config).data if args.config else DataSettings()
     sources = [{"text": text, "weight": float(weight)} for text, weight in args.source]
     sources += [{"text": text, "weight": float(weight), "field": "messages"} for text, weight in args.chat]
@@ -127,7 +67,7 @@ def pack(args: argparse.Namespace) -> None:
     ]
     facts = {"packed": args.out, "tokens": manifest.tokens, "rows": manifest.rows, "digest": manifest.digest}
     facts["megabytes"] = round(sum(file["bytes"] for file in manifest.files) / 1e6, 1)
-    _show(args, facts, "Sources", rows)
+    show(args, facts, "Sources", rows)
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -136,11 +76,11 @@ def teach(args: argparse.Namespace) -> None:
     from trainers.teaching import teach as store
     from trainers.workshop import default_device
 
-    workshop = _workshop(args)
+    workshop = workshop_of(args)
     teacher = workshop.teacher_in(resolve_dtype(args.dtype, default_device()))
     options = {"top_k": args.top_k, "batch_size": args.batch_size, "progress": workshop.progress}
     taught = store(args.out, args.packed, teacher, workshop.teacher_name, **options)
-    _show(args, {"taught": args.out, "top_k": taught.top_k, "files": taught.files})
+    show(args, {"taught": args.out, "top_k": taught.top_k, "files": taught.files})
 
 
 def distill(args: argparse.Namespace) -> None:
@@ -149,7 +89,7 @@ def distill(args: argparse.Namespace) -> None:
 
     quiet = ["--disable_tqdm", "true"] if args.quiet or args.format == "json" else []
     folder = main(["--help"] if args.help_all else [*args.rest, *quiet])
-    _show(args, {"student": str(folder)})
+    show(args, {"student": str(folder)})
 
 
 def evaluate(args: argparse.Namespace) -> None:
@@ -164,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "batch_size": args.batch_size,
         "dtype": args.dtype,
     }
-    workshop = _workshop(args, eval=settings, data={"text": args.text})
+    workshop = workshop_of(args, eval=settings, data={"text": args.text})
     controls = {}
     for control in args.control:
         name, equals, folder = control.partition("=")
@@ -179,7 +119,7 @@ def evaluate(args: argparse.Namespace) -> None:
         {name: actions.measure_student(workshop, folder, suite) for name, folder in controls.items()},
         args.floor,
         args.seed,
-        _command(args),
+        command_line(args),
         suite,
     )
     write_json(args.out, report)
@@ -187,7 +127,7 @@ def evaluate(args: argparse.Namespace) -> None:
         print(json.dumps(report, indent=1))
     elif not args.quiet:
         Console().print(comparison_table(report, f"{workshop.teacher_name} and its student"))
-        _done({"report": args.out})
+        done({"report": args.out})
 
 
 def publish(args: argparse.Namespace) -> None:
@@ -225,7 +165,7 @@ def publish(args: argparse.Namespace) -> None:
         facts["snippet"] = publication.snippet
     elif not args.quiet:
         Console().print(changes_table(publication.changes, args.repo_id or str(folder)))
-    _show(args, {name: value for name, value in facts.items() if value is not None})
+    show(args, {name: value for name, value in facts.items() if value is not None})
     if args.format == "human" and not args.quiet and not args.dry_run:
         print(f"\n{publication.snippet}")
 
@@ -237,7 +177,7 @@ def verify(args: argparse.Namespace) -> None:
     seen = inspect_student(args.student, args.revision, progress=args.format == "human" and not args.quiet)
     code = "the same as this hf-rad's" if seen.own_code else "of another version or another author: read it first"
     facts = {"student": seen.source, "commit": seen.commit, "code": code}
-    _show(args, {name: value for name, value in facts.items() if value is not None})
+    show(args, {name: value for name, value in facts.items() if value is not None})
 
 
 def run(args: argparse.Namespace) -> None:
@@ -262,110 +202,6 @@ def demo(args: argparse.Namespace) -> None:
     _walk(args, {**recipe, "out": args.out or recipe["out"]})
 
 
-def show_heads(args: argparse.Namespace) -> None:
-    """Shows a head map."""
-    from trainers.head_map_repo import find_head_map
-
-    head_map = find_head_map(args.head_map, args.teacher, args.revision)
-    facts = {"teacher": head_map.teacher.id, "layout": head_map.teacher.layout, "source": head_map.source}
-    _show(args, facts, *_kept(head_map))
-
-
-def compare_heads(args: argparse.Namespace) -> None:
-    """Compares two head maps."""
-    from trainers.head_compare import compare
-    from trainers.head_map_repo import find_head_map
-
-    found = compare(find_head_map(args.first), find_head_map(args.second))
-    if args.format == "json":
-        print(json.dumps(found, indent=1))
-        return
-    rows = [{"best heads": int(count), "overlap": value} for count, value in found.pop("overlap").items()]
-    _show(args, found, "Overlap of the rankings", rows)
-
-
-def draw_curves(args: argparse.Namespace) -> None:
-    """Measures a teacher with its best heads kept, and removed."""
-    from trainers import actions
-    from trainers.head_scores import HeadScores
-
-    scores = HeadScores.load(args.scores)
-    every = scores.teacher.num_heads
-    counts = args.counts or [0, *(2**i for i in range(every.bit_length()) if 2**i < every), every]
-    out = Path(args.out)
-    curves = actions.draw_curves(_workshop(args), scores, counts, args.ablation, out, args.num_examples)
-    rows = [
-        {"heads": count, **{name: one["accuracy"][i] for name, one in curves.items()}}
-        for i, count in enumerate(counts)
-    ]
-    facts = {"curves": f"{args.out}/curves.json", "figure": f"{args.out}/curves.png", "ablation": args.ablation}
-    _show(args, facts, "Accuracy", rows)
-
-
-def show_kinds(args: argparse.Namespace) -> None:
-    """Labels the kept heads of a map."""
-    from trainers import actions
-    from trainers.head_map_repo import find_head_map
-
-    kinds = actions.draw_kinds(_workshop(args), find_head_map(args.head_map), args.num_examples, Path(args.out))
-    _show(args, {"kinds": f"{args.out}/kinds.json"}, "What the kept heads do", kinds)
-
-
-def locate(args: argparse.Namespace) -> None:
-    """Ablates the heads of a student."""
-    from transformers import AutoTokenizer
-
-    from trainers.actions import load_student
-    from trainers.files import write_json
-    from trainers.probes import probe_from_settings
-    from trainers.recipe import ScoreSettings
-    from trainers.student_heads import locate_retrieval
-
-    probe = probe_from_settings(ScoreSettings().probe)
-    student, tokenizer = load_student(args.student), AutoTokenizer.from_pretrained(args.student)
-    shown = not args.quiet and args.format == "human"
-    found = locate_retrieval(
-        student, tokenizer, probe, args.num_examples, args.seed, args.random_heads, progress=shown
-    )
-    write_json(args.out, found.to_dict())
-    if args.format == "json":
-        print(json.dumps(found.to_dict(), indent=1))
-    elif not args.quiet:
-        Console().print(found.table(f"Retrieval of {args.student}, {probe.name}"))
-        _done({"located": args.out})
-
-
-def push_heads(args: argparse.Namespace) -> None:
-    """Adds head maps to a repository."""
-    from trainers.head_map import shipped_head_maps
-    from trainers.head_map_repo import push_head_maps, shipped_scores
-    from trainers.hub_upload import changes_table
-
-    upload = push_head_maps(
-        args.head_map or shipped_head_maps(),
-        args.repo_id,
-        scores=args.scores if args.head_map else [*args.scores, *shipped_scores()],
-        private=args.private or None,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        commit_message=args.commit_message,
-        dry_run=args.dry_run,
-    )
-    if args.format == "human" and not args.quiet:
-        Console().print(changes_table(upload.changes, args.repo_id))
-    facts = {"url": upload.url, "commit": upload.commit, "pull_request": upload.pull_request}
-    _show(args, {name: value for name, value in facts.items() if value is not None})
-
-
-def pull_heads(args: argparse.Namespace) -> None:
-    """Fetches a head map."""
-    from trainers.head_map_repo import find_head_map
-
-    head_map = find_head_map(args.repo_id, args.teacher, args.revision)
-    head_map.save(args.out)
-    _show(args, {"head_map": args.out, "teacher": head_map.teacher.id}, *_kept(head_map))
-
-
 def _walk(args: argparse.Namespace, recipe: dict) -> None:
     from trainers.pipeline import Pipeline
     from trainers.recipe import Recipe
@@ -374,7 +210,7 @@ def _walk(args: argparse.Namespace, recipe: dict) -> None:
         _dry_run(args, Recipe.from_dict(recipe))
         return
     quiet = args.quiet or args.format == "json"
-    report = Pipeline(Recipe.from_dict(recipe), _command(args), quiet, args.fresh).run()
+    report = Pipeline(Recipe.from_dict(recipe), command_line(args), quiet, args.fresh).run()
     if args.format == "json":
         print(json.dumps(report, indent=1))
 
@@ -389,32 +225,11 @@ def _dry_run(args: argparse.Namespace, recipe) -> None:
     if args.format == "human":
         Console().print(estimates_table(estimates))
     check_data(recipe)
-    plan = Pipeline(recipe, _command(args), True, args.fresh).plan()
+    plan = Pipeline(recipe, command_line(args), True, args.fresh).plan()
     if args.format == "human":
         Console().print(plan_table(plan, f"Plan of {recipe.out}"))
     else:
         print(json.dumps({"steps": plan, "stages": [dataclasses.asdict(e) for e in estimates]}, indent=1))
-
-
-def _workshop(args: argparse.Namespace, **settings):
-    from trainers.recipe import Recipe
-    from trainers.workshop import Workshop
-
-    recipe = {"teacher": args.teacher, "teacher_revision": args.revision, "seed": args.seed, **settings}
-    return Workshop(Recipe.from_dict(recipe), progress=not args.quiet and args.format == "human")
-
-
-def _probe(args: argparse.Namespace) -> dict:
-    """Settings of the probe that `hf-rad score` asks."""
-    names = {"format": args.probe_format, "pairs": args.pairs, "shots": args.shots, "values": args.values}
-    probes = []
-    for word in args.probe or ["kv"]:
-        try:
-            settings = json.loads(word) if word.startswith("{") else {"name": word}
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--probe is {word!r}; write the name of a probe, or its settings as JSON.") from error
-        probes.append({"name": "kv", **names, "queries": args.queries} if word == "kv" else settings)
-    return probes[0] if len(probes) == 1 else {"name": "mean", "probes": probes}
 
 
 def _tasks(args: argparse.Namespace) -> list[dict]:
@@ -425,49 +240,9 @@ def _tasks(args: argparse.Namespace) -> list[dict]:
     return tasks + [{"choices": path, "num_examples": args.num_examples} for path in args.choices]
 
 
-def _kept(head_map) -> tuple[str, list[dict]]:
-    shape = head_map.teacher
-    groups = shape.num_hidden_layers * shape.num_key_value_heads
-    title = f"{head_map.num_kept} of {shape.num_heads} heads, {len(head_map.kv_groups)} of {groups} KV groups"
-    kept = enumerate(head_map.kept_heads)
-    return title, [{"layer": layer, "kept query heads": heads} for layer, heads in kept if heads]
-
-
-def _show(args: argparse.Namespace, facts: dict, title: str = "", rows: list[dict] | None = None) -> None:
-    """Prints facts, and rows as a table; as JSON both in one object."""
-    if args.format == "json":
-        print(json.dumps({**facts, **({"rows": rows} if rows is not None else {})}, indent=1))
-        return
-    if rows and not args.quiet:
-        table = Table()
-        for name in rows[0]:
-            table.add_column(name, justify="right")
-        for row in rows:
-            table.add_row(*(_cell(value) for value in row.values()))
-        Console().print(f"[bold]{title}[/bold]", table, sep="\n", highlight=False)
-    _done(facts)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _done(facts: dict) -> None:
-    console = Console()
-    console.print("[green]✓ Done[/green]")
-    for name, value in facts.items():
-        console.print(f"{name.replace('_', ' ')}: {value}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _command(args: argparse.Namespace) -> str:
-    return shlex.join(["hf-rad", *args.words])
-
-
 VERBS = {
-    "score": score,
-    "select": select,
+    "score": head_verbs.score,
+    "select": head_verbs.select,
     "convert": convert,
     "pack": pack,
     "teach": teach,
@@ -477,11 +252,12 @@ VERBS = {
     "verify": verify,
     "run": run,
     "demo": demo,
-    "heads show": show_heads,
-    "heads compare": compare_heads,
-    "heads curves": draw_curves,
-    "heads kinds": show_kinds,
-    "heads locate": locate,
-    "heads push": push_heads,
-    "heads pull": pull_heads,
+    "heads show": head_verbs.show_heads,
+    "heads compare": head_verbs.compare_heads,
+    "heads curves": head_verbs.draw_curves,
+    "heads kinds": head_verbs.show_kinds,
+    "heads layers": head_verbs.measure_layers,
+    "heads locate": head_verbs.locate,
+    "heads push": head_verbs.push_heads,
+    "heads pull": head_verbs.pull_heads,
 }
