@@ -48,8 +48,7 @@ def main() -> None:
         if seed == args.seeds[0]:
             draw(workshop, probe, seed, scores, args, out)
     print(f"{workshop.teacher_name}, {args.num_examples} questions, {args.dtype}, {hardware()}, {versions()}")
-    report = overlaps(rankings, args)
-    write_json(out / "overlaps.json", report)
+    write_json(out / "overlaps.json", {**overlaps(rankings, args), "survivors": survivors(rankings, args)})
 
 
 def exact(workshop, probe, seed: int, args, path: Path) -> HeadScores:
@@ -154,6 +153,20 @@ def overlaps(rankings: dict, args) -> dict:
         report[name] = {**row, "pairs": len(pairs)}
         print(f"{name:34s}", *(f"{'-' if value is None else f'{value:.2f}':>6s}" for value in row.values()))
     return report
+
+
+def survivors(rankings: dict, args) -> dict:
+    """Prints and returns how many heads a screen must let through to miss none of the best, for each format and seed."""
+    needed = {}
+    for screen, count in itertools.product(args.screens, (8, 20)):
+        ranks = {
+            f"{form}, seed {seed}": max(map(rankings[form, seed, screen].index, order[:count])) + 1
+            for (form, seed, method), order in rankings.items()
+            if method == "ablation"
+        }
+        needed[f"{screen}, best {count}"] = ranks
+        print(f"{screen} has the best {count} among its first:", "; ".join(f"{run}: {n}" for run, n in ranks.items()))
+    return needed
 
 
 def kept(path: Path, measure) -> dict:
