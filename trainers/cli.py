@@ -17,13 +17,13 @@ from trainers.completion import SHELLS, completion_script
 
 
 DISTILL_EXAMPLE = """Examples:
-  hf-rad distill --config recipes/distill.yaml
+  hf-rad distill --config distill.yaml
   hf-rad distill --model_name_or_path student --teacher_model_name_or_path smollm2 --stage distillation \\
       --text corpus.jsonl --num_tokens 1000000 --max_length 1024 --num_train_epochs 1 --output_dir distilled
 
 Every field of RadDistillationConfig (TRL's SFTConfig and transformers' TrainingArguments among them) and of
 trainers.distill.DistillArguments is an option; `hf-rad distill --help-all` lists them with their meaning.
-On several GPUs: accelerate launch -m trainers.distill --config recipes/distill.yaml"""
+On several GPUs: accelerate launch -m trainers.cli distill --config distill.yaml"""
 
 
 def main(argv: list[str] | None = None) -> int:

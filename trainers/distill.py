@@ -5,7 +5,7 @@ Trains one stage of a student from the command line, in the manner of TRL's scri
         --stage alignment --text corpus.jsonl --num_tokens 100000 --max_length 512 \
         --per_device_train_batch_size 8 --output_dir runs/mine/alignment
 
-    accelerate launch -m trainers.distill --config recipes/distill.yaml
+    accelerate launch -m trainers.cli distill --config distill.yaml
 """
 
 import math
