@@ -153,6 +153,16 @@ def test_accuracy_is_that_of_generation(retriever):
     assert found == generated_accuracy(model, tokenizer, probe.examples(20, 5), progress=False)
 
 
+def test_batches_are_of_like_size(retriever):
+    """Four dictionaries where three would fit: two and two."""
+    model, tokenizer, _ = retriever
+    examples = PROBE.examples(4 * PROBE.queries)
+    longest = max(batch.input_ids.shape[1] for batch in pack(tokenizer, examples, 1, model.device))
+    batches = pack(tokenizer, examples, None, model.device, tokens=int(3.5 * longest))
+    assert [len(batch.input_ids) for batch in batches] == [2, 2]
+    assert [example for batch in batches for example in batch.examples] == examples
+
+
 def test_hooks_are_removed_and_mode_is_kept(retriever):
     model, tokenizer, _ = retriever
     o_proj = attention_layers(model)[1].self_attn.o_proj

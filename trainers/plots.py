@@ -177,6 +177,8 @@ def accuracy_curves(
     # Counts double from one point to the next; zero has a place too.
     axes.set_xscale("symlog", base=2, linthresh=1)
     ticks = sorted({place for places, _ in curves.values() for place in places})
+    # The label of a place that all but touches the next one would run into its label.
+    ticks = [tick for tick, after in zip(ticks, [*ticks[1:], math.inf], strict=True) if after >= 1.25 * tick]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel(label, color=INK, fontsize=10)
