@@ -107,7 +107,7 @@ class HeadScores:
             by
         )
         if table is None:
-            raise ValueError(f"These scores of {self.teacher.id} hold no {by}. `--text-tokens 8192` measures text_kl.")
+            raise ValueError(f"These scores of {self.teacher.id} hold no {by}; score again with --text-tokens 8192.")
 
         def value(pair: tuple[int, int]) -> tuple:
             layer, head = pair

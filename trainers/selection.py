@@ -253,7 +253,7 @@ def best_layers(
     cache: CacheBudget | None = None,
 ) -> HeadMap:
     """
-    Keeps the most important layers whole, as the layer-wise selectors of `layer_importance.py` would.
+    Keeps the most important layers whole, by what `text_scores.py` measures.
 
     Args:
         teacher ([`TeacherShape`]):
