@@ -12,7 +12,8 @@ once as it is and once without each head. A head's score is the drop in the part
 it the drop in the log-probability of the right answer. scores.json holds both for every head, scores.png shows them.
 
 A teacher that cannot answer the questions gets no scores: try more --shots, another --probe-format, fewer --pairs.
-A run that was killed goes on where it stopped when the same command is given again."""
+A run that was killed goes on where it stopped when the same command is given again.
+What comes next: hf-rad select OUT/scores.json --heads 8 --out OUT/head_map.json"""
 
 
 SELECT_TEXT = """Choose the heads that stay attention and write them as a head map.
