@@ -30,10 +30,10 @@ from trl import SFTTrainer
 
 from trainers.actions import load_student
 from trainers.conversion import convert
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.head_map import HeadMap
-from trainers.losses import divergence
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.distillation.losses import divergence
+from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype
 from trainers.recipe import Recipe
 from trainers.teachers import load_teacher

@@ -19,10 +19,10 @@ from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.documents import text_documents
-from trainers.head_map import HeadMap
+from trainers.data.documents import text_documents
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype
 from trainers.probes import KVRetrieval
 from trainers.recipe import Recipe

@@ -22,7 +22,7 @@ import transformers
 
 from benchmarks import gpu_decode, gpu_models, gpu_scan
 from benchmarks.gpu_tools import CUDA, DEVICE, Report
-from trainers.head_map import shipped_head_map
+from trainers.heads.head_map import shipped_head_map
 
 
 SECTIONS = {

@@ -133,7 +133,9 @@ class Decoder:
 @torch.no_grad()
 def check(report, fields, kept, compiled) -> bool:
     """Eight steps from one cache in every form against PyTorch alone, in float32 and bfloat16."""
-    add = report.table("Decode: logits and states after 8 steps against PyTorch in eager form", ["dtype", "form", "logits", "state"])
+    add = report.table(
+        "Decode: logits and states after 8 steps against PyTorch in eager form", ["dtype", "form", "logits", "state"]
+    )
     good = True
     for dtype in (torch.float32, torch.bfloat16):
         model = make_model({**fields, "num_hidden_layers": 5}, kept[:5], dtype)
@@ -179,7 +181,18 @@ def run(report, options) -> None:
     torch._dynamo.reset()
     bandwidth = copy_bandwidth()
     print(f"\nCopy bandwidth: {bandwidth / 1e12:.2f} TB/s", flush=True)
-    columns = ["batch", "context", "model", "form", "ms", "tokens/s", "GB a step", "of bandwidth", "ratio", "of bytes' ratio"]
+    columns = [
+        "batch",
+        "context",
+        "model",
+        "form",
+        "ms",
+        "tokens/s",
+        "GB a step",
+        "of bandwidth",
+        "ratio",
+        "of bytes' ratio",
+    ]
     add = report.table("Decode: student and teacher", columns)
     models = {"teacher": make_model(options.fields, None), "student": make_model(options.fields, options.kept)}
     steps = {name: torch.compile(one_step, dynamic=True, fullgraph=True) for name in models}
@@ -241,6 +254,12 @@ def profile(models, steps, options) -> None:
         events = [event for event in recorded.key_averages() if event.self_device_time_total > 0]
         total = sum(event.self_device_time_total for event in events)
         for event in sorted(events, key=lambda event: -event.self_device_time_total)[:14]:
-            add(name, event.key[:70], event.count // 4, event.self_device_time_total / 4, event.self_device_time_total / total)
+            add(
+                name,
+                event.key[:70],
+                event.count // 4,
+                event.self_device_time_total / 4,
+                event.self_device_time_total / total,
+            )
         del decoder, graph
         torch.cuda.empty_cache()

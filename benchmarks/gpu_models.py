@@ -3,7 +3,7 @@ Whole models: time to the first token and its memory, and training steps of both
 
 The naive form is the same mathematics as a first draft would write it: the scan in eager PyTorch, all logits of both
 models in float32 for the divergence. Ours takes the default back end of the scan and the trainer's own losses
-(`trainers.losses`), which never hold the logits of a whole batch.
+(`trainers.distillation.losses`), which never hold the logits of a whole batch.
 """
 
 import torch
@@ -117,7 +117,7 @@ def distil_naively(student, teacher, ids):
 
 
 def distil(student, teacher, ids):
-    from trainers.losses import head_loss
+    from trainers.distillation.losses import head_loss
 
     with torch.no_grad():
         target = teacher.model(ids, use_cache=False).last_hidden_state.flatten(0, 1)

@@ -136,7 +136,11 @@ def errors(function: Callable, tensors: list[torch.Tensor], exact: list[torch.Te
 def documents(batch: int, tokens: int) -> torch.Tensor:
     """Document of each token, with borders inside and at the ends of chunks."""
     borders = [tokens * part // 16 for part in (1, 2, 7)] + [58, 64, 128, 131, 188]
-    return (torch.arange(tokens, device=DEVICE)[:, None] >= torch.tensor(borders, device=DEVICE)).sum(-1).expand(batch, -1)
+    return (
+        (torch.arange(tokens, device=DEVICE)[:, None] >= torch.tensor(borders, device=DEVICE))
+        .sum(-1)
+        .expand(batch, -1)
+    )
 
 
 def check(report, options) -> None:
@@ -183,7 +187,12 @@ def check_mixer(report, options) -> int:
     for shape, state, packed, dtype in product(options.shapes, options.states, (False, True), options.dtypes):
         heads, head_dim = SHAPES[shape]
         config = RadHybridConfig(
-            hidden_size=256, num_hidden_layers=1, num_attention_heads=heads, head_dim=head_dim, kept_heads=[[]], ssm_state_size=state
+            hidden_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=heads,
+            head_dim=head_dim,
+            kept_heads=[[]],
+            ssm_state_size=state,
         )
         mixer = DiscreteMamba2(config, 0, heads).to(DEVICE)
         for tensor in (mixer.conv1d.weight, mixer.D):
@@ -239,7 +248,19 @@ def compare_back_ends(report, options, case: tuple) -> set[tuple]:
 def time_back_ends(report, options, case: tuple, right: set[tuple]) -> None:
     """Times at one (shape, N, tokens), of the back ends that are right."""
     shape, state, tokens = case
-    columns = ["shape", "N", "tokens", "batch", "dtype", "back end", "fwd ms", "fwd+bwd ms", "Mtokens/s", "peak MB", "speed"]
+    columns = [
+        "shape",
+        "N",
+        "tokens",
+        "batch",
+        "dtype",
+        "back end",
+        "fwd ms",
+        "fwd+bwd ms",
+        "Mtokens/s",
+        "peak MB",
+        "speed",
+    ]
     add = report.table("Scan: time and memory (speed against the authors' call, forward and backward)", columns)
     for dtype in options.dtypes:
         batch, base = max(1, options.tokens_at_once // tokens), None
@@ -259,4 +280,16 @@ def time_back_ends(report, options, case: tuple, right: set[tuple]) -> None:
                 continue
             base = both if name == "authors' call" else base
             speed = base / both if base else None
-            add(shape, state, tokens, batch, str(dtype)[6:], name, forward, both, batch * tokens / both / 1e3, peak, speed)
+            add(
+                shape,
+                state,
+                tokens,
+                batch,
+                str(dtype)[6:],
+                name,
+                forward,
+                both,
+                batch * tokens / both / 1e3,
+                peak,
+                speed,
+            )

@@ -13,19 +13,19 @@ import argparse
 import itertools
 from pathlib import Path
 
-from trainers.ablation import tokens_at_once
 from trainers.evaluation import hardware, versions
 from trainers.files import read_json, write_json
-from trainers.head_compare import overlap, spearman
-from trainers.head_curves import curve, greedy
-from trainers.head_scores import HeadScores
-from trainers.head_scoring import score_heads
+from trainers.heads.ablation import tokens_at_once
+from trainers.heads.head_compare import overlap, spearman
+from trainers.heads.head_curves import curve, greedy
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.head_scoring import score_heads
+from trainers.heads.screens import SCREENS, screen_heads
 from trainers.plots import accuracy_curves
 from trainers.precision import DTYPES
-from trainers.probe_rows import PackedExamples, pack
 from trainers.probes import KVRetrieval
+from trainers.probes.probe_rows import PackedExamples, pack
 from trainers.recipe import Recipe
-from trainers.screens import SCREENS, screen_heads
 from trainers.workshop import Workshop
 
 

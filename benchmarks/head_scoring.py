@@ -21,17 +21,17 @@ import time
 import torch
 from tqdm.auto import tqdm
 
-from trainers.ablation import HeadAblation, inference, tokens_at_once
 from trainers.evaluation import hardware, versions
 from trainers.files import write_json
-from trainers.head_compare import overlap
-from trainers.head_layout import attention_layers
-from trainers.head_scores import HeadScores
-from trainers.head_scoring import score_heads
-from trainers.probe_rows import pack
+from trainers.heads.ablation import HeadAblation, inference, tokens_at_once
+from trainers.heads.head_compare import overlap
+from trainers.heads.head_layout import attention_layers
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.head_scoring import score_heads
+from trainers.heads.screens import SCREENS, screen_heads
 from trainers.probes import EncodedAnswer, KVRetrieval, is_correct
+from trainers.probes.probe_rows import pack
 from trainers.recipe import Recipe
-from trainers.screens import SCREENS, screen_heads
 from trainers.workshop import Workshop, default_device
 
 

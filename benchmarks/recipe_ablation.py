@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers import actions
-from trainers.distill_trainer import NEW_PARTS
+from trainers.distillation.distill_trainer import NEW_PARTS
 from trainers.evaluation import hardware, versions
 from trainers.files import atomic_path, read_json, write_json
-from trainers.head_map import HeadMap
+from trainers.heads.head_map import HeadMap
 from trainers.recipe import ConvertSettings, Recipe, StageSettings
 from trainers.workshop import Workshop
 

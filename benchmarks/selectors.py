@@ -17,11 +17,9 @@ from pathlib import Path
 from trainers import actions, head_actions
 from trainers.evaluation import hardware, versions
 from trainers.files import read_json, write_json
-from trainers.head_map import HeadMap
-from trainers.head_scores import HeadScores
-from trainers.plots import accuracy_bars
-from trainers.recipe import Recipe, StageSettings
-from trainers.selection import (
+from trainers.heads.head_map import HeadMap
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.selection import (
     CacheBudget,
     best_layers,
     every_nth_layer,
@@ -31,6 +29,8 @@ from trainers.selection import (
     top_k,
     uniform_layers,
 )
+from trainers.plots import accuracy_bars
+from trainers.recipe import Recipe, StageSettings
 from trainers.workshop import Workshop
 
 

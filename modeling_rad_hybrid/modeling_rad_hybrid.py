@@ -125,7 +125,9 @@ class RadHybridAttention(nn.Module):
         if not self.even:
             groups = query.split(self.counts, dim=1)
             missing = (self.num_key_value_groups - count for count in self.counts)
-            filled = (nn.functional.pad(group, (0, 0, 0, 0, 0, more)) for group, more in zip(groups, missing, strict=True))
+            filled = (
+                nn.functional.pad(group, (0, 0, 0, 0, 0, more)) for group, more in zip(groups, missing, strict=True)
+            )
             query = torch.cat(list(filled), dim=1)
         attention: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -305,7 +307,9 @@ class RadHybridModel(RadHybridPreTrainedModel):
         batch, tokens = inputs_embeds.shape[:2]
         documents = {"seq_idx": seq_idx, "cu_seq_lens": kwargs.get("cu_seq_lens_q")}
         if cache is not None and any(sign is not None for sign in documents.values()):
-            raise ValueError("seq_idx and cu_seq_lens_q say that rows are packed, and packed rows cannot fill a cache.")
+            raise ValueError(
+                "seq_idx and cu_seq_lens_q say that rows are packed, and packed rows cannot fill a cache."
+            )
         if cache is None and attention_mask is None:
             documents["position_ids"] = position_ids
         seq_idx = document_index(batch, tokens, **documents)

@@ -59,9 +59,9 @@ def chunk_decays(log_a, step, idx, row, start, tokens, Q: constexpr, HAS_IDX: co
         # Beyond the row its last document goes on.
         here = tl.minimum(start + place, tokens - 1)
         document = tl.load(idx + here)
-        fresh = (document != tl.load(idx + tl.maximum(start + place - 1, 0), mask=start + place <= tokens, other=0)) & (
-            (place > 0) & (start + place < tokens)
-        )
+        fresh = (
+            document != tl.load(idx + tl.maximum(start + place - 1, 0), mask=start + place <= tokens, other=0)
+        ) & ((place > 0) & (start + place < tokens))
         to_token, _ = tl.associative_scan((values, fresh.to(tl.int32)), 0, segmented_add)
         first = tl.load(idx + tl.maximum(start - 1, 0))
         final = tl.load(idx + tl.minimum(start + Q - 1, tokens - 1))

@@ -16,9 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
 from trainers.conversion import convert
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.head_map import HeadMap, TeacherShape
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.heads.head_map import HeadMap, TeacherShape
 
 
 STEPS, ROWS, LENGTH = 4, 4, 24

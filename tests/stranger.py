@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from trainers import reload
+from trainers.hub import reload
 
 
 PRELUDE = f"""

@@ -6,9 +6,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.head_scores import HeadScores
-from trainers.staging import stage
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.heads.head_scores import HeadScores
+from trainers.hub.staging import stage
 
 
 PROBE = {"name": "kv", "format": "json", "pairs": 6, "shots": 1}

@@ -11,8 +11,8 @@ from test_stopped_runs import TRAIN, folders  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_rad_hybrid import RadHybridForCausalLM
-from trainers.checkpoints import last_checkpoint
 from trainers.cli import main
+from trainers.distillation.checkpoints import last_checkpoint
 
 
 RATES = "--learning_rate 1e-2 --mixer_learning_rate 1e-2 "

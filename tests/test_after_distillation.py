@@ -17,7 +17,7 @@ from trl.scripts import distillation as on_policy
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.conversion import convert
-from trainers.head_map import HeadMap, TeacherShape
+from trainers.heads.head_map import HeadMap, TeacherShape
 from trainers.recipe import ROOT
 
 

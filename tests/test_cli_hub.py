@@ -9,8 +9,8 @@ from student import make_head_map
 from trainers.cli import main, make_parser, without_token
 from trainers.completion import SHELLS, completion_script
 from trainers.files import read_json
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_maps
-from trainers.head_map_repo import pull_head_map
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_maps
+from trainers.hub.head_map_repo import pull_head_map
 
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -11,7 +11,7 @@ from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig
 from trainers.calibration import calibrate
 from trainers.conversion import convert, summary
 from trainers.families import backbone_fields
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_map
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_map
 from trainers.memory import cache_bytes, kv_heads
 from trainers.pipeline import conversion_tables
 

@@ -16,13 +16,13 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from trainers.checkpoints import last_checkpoint
 from trainers.conversion import convert
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.losses import divergence
-from trainers.watching import DivergedError, MeasureCallback, draw_measurements, measurements
+from trainers.distillation.checkpoints import last_checkpoint
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import LAYER_ERRORS, NonFiniteError, RadDistillationTrainer
+from trainers.distillation.losses import divergence
+from trainers.distillation.watching import DivergedError, MeasureCallback, draw_measurements, measurements
+from trainers.heads.head_map import HeadMap, TeacherShape
 
 
 KEPT_HEADS = [[], [1], [0, 1, 2, 3]]

@@ -14,7 +14,7 @@ import torch
 from distill_worker import RATES, ROWS, make_trainer, weights_of
 
 from modeling_rad_hybrid import RadHybridForCausalLM
-from trainers.checkpoints import last_checkpoint
+from trainers.distillation.checkpoints import last_checkpoint
 
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,12 +28,12 @@ from transformers import (
 from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
 from trainers.calibration import calibrate
 from trainers.conversion import convert
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import LAYER_ERRORS, RadDistillationTrainer
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import LAYER_ERRORS, RadDistillationTrainer
+from trainers.distillation.losses import divergence
 from trainers.evaluation import text_loss
 from trainers.families import FAMILIES, check_supported
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.losses import divergence
+from trainers.heads.head_map import HeadMap, TeacherShape
 from trainers.memory import cache_bytes
 
 
@@ -224,7 +224,9 @@ def test_counted_bytes_are_those_of_the_caches(teacher):
     for model in (teacher, student_of(teacher, MIXED)):
         cache = model(prompt(batch=1), use_cache=True)[CACHE_NAME]
         held = 0
-        for layer, kind in zip(cache.layers, getattr(model.config, "layer_types", ["full_attention"] * 4), strict=True):
+        for layer, kind in zip(
+            cache.layers, getattr(model.config, "layer_types", ["full_attention"] * 4), strict=True
+        ):
             held += 0 if kind == "linear_attention" else layer.keys.nbytes + layer.values.nbytes
             recurrent = kind == "linear_attention" or "hybrid" in kind
             held += layer.conv_states[0].nbytes + layer.recurrent_states[0].nbytes if recurrent else 0

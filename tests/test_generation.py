@@ -155,7 +155,9 @@ def test_generate_goes_on_from_a_cache(student, turn):
 def test_a_forward_of_its_own_makes_the_cache_that_goes_on(student):
     ids = prompt(student, 9)
     cache = student(ids[:, :6])[CACHE_NAME]
-    assert torch.equal(generate(student, ids, **{CACHE_NAME: cache}).sequences, student.generate(ids, max_new_tokens=NEW))
+    assert torch.equal(
+        generate(student, ids, **{CACHE_NAME: cache}).sequences, student.generate(ids, max_new_tokens=NEW)
+    )
 
 
 def test_a_cache_can_be_emptied_and_used_again(student):
@@ -261,9 +263,7 @@ def test_what_cannot_be_right_is_refused(tiny_llama):
     with pytest.raises(ValueError, match="padding_side"):
         student.generate(rows[1:2], attention_mask=mask[1:2], prompt_lookup_num_tokens=3)
     with pytest.raises(ValueError, match="DynamicCache cannot do"):
-        student.generate(
-            ids[:1], prompt_lookup_num_tokens=3, **{CACHE_NAME: DynamicCache(config=student.config)}
-        )
+        student.generate(ids[:1], prompt_lookup_num_tokens=3, **{CACHE_NAME: DynamicCache(config=student.config)})
     student = random_student(tiny_llama, HEAD_MAPS["no attention at all"])
     with pytest.raises(ValueError, match="DynamicCache cannot count"):
         student.generate(ids, **{CACHE_NAME: DynamicCache(config=student.config)})

@@ -2,8 +2,8 @@
 
 import pytest
 
-from trainers.head_compare import compare, overlap, spearman
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_map
+from trainers.heads.head_compare import compare, overlap, spearman
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_map
 
 
 SHAPE = TeacherShape("org/teacher", None, 2, 4, 2, 8)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny_retriever import KEYS, build_tiny_retriever
 
-from trainers.head_curves import answers_without, curve, greedy
-from trainers.head_layout import attention_layers
-from trainers.probe_rows import pack
+from trainers.heads.head_curves import answers_without, curve, greedy
+from trainers.heads.head_layout import attention_layers
+from trainers.heads.text_scores import layers_by_probe, layers_by_text, text_kl
 from trainers.probes import KVRetrieval
-from trainers.text_scores import layers_by_probe, layers_by_text, text_kl
+from trainers.probes.probe_rows import pack
 
 
 PROBE = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))

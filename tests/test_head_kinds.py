@@ -3,7 +3,7 @@
 import pytest
 from tiny_retriever import KEYS, build_tiny_retriever
 
-from trainers.head_kinds import head_kinds, landmarks, patterns
+from trainers.heads.head_kinds import head_kinds, landmarks, patterns
 from trainers.probes import Example, KVRetrieval
 
 

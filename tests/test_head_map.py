@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from transformers import LlamaConfig, Qwen2Config
 
 import hub_cards
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_map, shipped_head_maps
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_map, shipped_head_maps
 
 
 PUBLISHED = {

@@ -8,9 +8,9 @@ import pytest
 from huggingface_hub import DatasetCard, HfApi, hf_hub_download
 from student import make_head_map, stage_student
 
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_maps
-from trainers.head_map_repo import find_head_map, head_rows, pull_head_map, push_head_maps
-from trainers.publish import publish
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_maps
+from trainers.hub.head_map_repo import find_head_map, head_rows, pull_head_map, push_head_maps
+from trainers.hub.publish import publish
 
 
 TEACHER = TeacherShape("acme/teacher", None, 3, 4, 2, 16)

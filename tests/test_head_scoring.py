@@ -27,15 +27,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from trainers.ablation import HeadAblation, inference
 from trainers.files import sha256
-from trainers.head_layout import attention_layers
-from trainers.head_scores import HeadScores
-from trainers.head_scoring import ProbeFailedError, score_heads
-from trainers.probe_rows import pack
+from trainers.heads.ablation import HeadAblation, inference
+from trainers.heads.head_layout import attention_layers
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.head_scoring import ProbeFailedError, score_heads
+from trainers.heads.screens import SCREENS, screen_heads
+from trainers.heads.shared_work import SharedWork
 from trainers.probes import Copying, EncodedAnswer, KVRetrieval, MeanOf, generated_accuracy, is_correct
-from trainers.screens import SCREENS, screen_heads
-from trainers.shared_work import SharedWork
+from trainers.probes.probe_rows import pack
 
 
 PROBE = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))
@@ -220,9 +220,9 @@ class _NotLlama:
 CHILD = """
 import sys, time
 from tiny_retriever import KEYS, build_tiny_retriever
-from trainers.head_scoring import score_heads
+from trainers.heads.head_scoring import score_heads
 from trainers.probes import KVRetrieval
-from trainers.shared_work import SharedWork, is_main_process
+from trainers.heads.shared_work import SharedWork, is_main_process
 path, out, wait = sys.argv[1:]
 done = SharedWork.done
 SharedWork.done = lambda work, unit: (done(work, unit), time.sleep(float(wait)))

@@ -6,8 +6,8 @@ import pytest
 
 from trainers.cli import main
 from trainers.conversion import convert
-from trainers.head_map import HeadMap
-from trainers.head_scores import HeadScores
+from trainers.heads.head_map import HeadMap
+from trainers.heads.head_scores import HeadScores
 
 
 @pytest.fixture

@@ -20,13 +20,13 @@ from huggingface_hub.utils import get_session
 from stranger import run_as_stranger
 from student import make_head_map, make_student, stage_student
 
-import trainers.publish
+import trainers.hub.publish
 from modeling_rad_hybrid import RadHybridForCausalLM
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.hub_upload import Upload, changes_table, naming_hub_errors
-from trainers.publish import publish
-from trainers.reload import reload_check
-from trainers.staging import stage
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.hub.hub_upload import Upload, changes_table, naming_hub_errors
+from trainers.hub.publish import publish
+from trainers.hub.reload import reload_check
+from trainers.hub.staging import stage
 
 
 HF = Path(sys.executable).with_name("hf")
@@ -111,7 +111,7 @@ def reload_only_from_the_hub(repo_id, monkeypatch):
     def check(source, *args, **options):
         return reload_check(source, *args, **options) if source == repo_id else None
 
-    monkeypatch.setattr(trainers.publish, "reload_check", check)
+    monkeypatch.setattr(trainers.hub.publish, "reload_check", check)
 
 
 @pytest.mark.usefixtures("reload_only_from_the_hub")
@@ -206,8 +206,8 @@ def test_killed_upload_is_taken_up_again(hub, staged_shards, repo_id, requests):
     """A process dies in the middle of its upload; nothing is published, and what had arrived is not sent again."""
     hub.release.clear()
     hub.fail("PUT", "/lfs/", "hold", times=100, after=2)
-    code = f"from trainers.publish import publish; publish({str(staged_shards)!r}, {repo_id!r}, check=False)"
-    checkout = Path(trainers.publish.__file__).parents[1]
+    code = f"from trainers.hub.publish import publish; publish({str(staged_shards)!r}, {repo_id!r}, check=False)"
+    checkout = Path(trainers.hub.publish.__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-c", code], cwd=checkout, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(requests("PUT")) < 4 and time.monotonic() < deadline and process.poll() is None:
@@ -260,7 +260,7 @@ def test_corrupt_content_is_not_tagged(hub, staged, repo_id, monkeypatch):
     with pytest.raises(ValueError, match="gives other logits.*It was not tagged; the commit before it is"):
         publish(staged, repo_id)
     assert not hub.repo(repo_id).tags
-    monkeypatch.setattr(trainers.publish, "reload_check", lambda *args, **options: None)
+    monkeypatch.setattr(trainers.hub.publish, "reload_check", lambda *args, **options: None)
     publication = publish(staged, repo_id)
     assert hub.repo(repo_id).tags["v1"].sha == publication.commit and len(hub.repo(repo_id).commits) == 2
 
@@ -286,7 +286,7 @@ def test_branch(hub, staged, staged_shards, repo_id):
 
 BOB = """
 import json, sys
-from trainers.publish import publish
+from trainers.hub.publish import publish
 job = json.load(sys.stdin)
 try:
     publish(**job, check=False)
@@ -304,7 +304,7 @@ def test_pull_request_of_another_user(hub, staged, staged_shards, repo_id, tmp_p
         [sys.executable, "-c", BOB],
         input=json.dumps({"folder": str(staged_shards), "repo_id": repo_id}),
         env={**os.environ, "HF_HOME": str(tmp_path / "bob"), "HF_TOKEN": hub.token("bob")},
-        cwd=Path(trainers.publish.__file__).parents[1],
+        cwd=Path(trainers.hub.publish.__file__).parents[2],
         capture_output=True,
         text=True,
     )

@@ -14,8 +14,8 @@ from hub_server import Repo
 from student import make_head_map, stage_student
 
 from trainers.cli import main
-from trainers.head_map import TeacherShape
-from trainers.inspection import MAX_FILES, inspect_student
+from trainers.heads.head_map import TeacherShape
+from trainers.hub.inspection import MAX_FILES, inspect_student
 
 
 REPO = "alice/inspected"

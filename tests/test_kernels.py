@@ -57,9 +57,7 @@ def test_scan_and_gradients_equal_the_recurrence(monkeypatch, shift, spread, seq
     batch, tokens, heads, head_dim, state = 2, 25, 1, 10, 4
     # As the model has them: views of one tensor, with strides.
     together = torch.randn(batch, tokens, heads * (head_dim + 2 * state)).to(dtype)
-    x, B, C = (
-        t.unflatten(-1, (heads, -1)) for t in together.split([heads * head_dim, *[heads * state] * 2], dim=-1)
-    )
+    x, B, C = (t.unflatten(-1, (heads, -1)) for t in together.split([heads * head_dim, *[heads * state] * 2], dim=-1))
     log_a = -softplus(torch.randn(batch, tokens, heads) * spread + shift)
     tensors = [x, log_a, B, C, torch.randn(batch, heads, head_dim, state)]
     ours = scan_and_gradients(ssd_triton.ssd_triton, tensors, seq_idx)

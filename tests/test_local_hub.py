@@ -9,10 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 from student import make_head_map
 
-import trainers.local_hub
+import trainers.hub.local_hub
 from trainers.files import read_json
-from trainers.head_map import TeacherShape
-from trainers.local_hub import local_hub
+from trainers.heads.head_map import TeacherShape
+from trainers.hub.local_hub import local_hub
 from trainers.pipeline import Pipeline
 from trainers.recipe import Recipe, shipped_recipe
 
@@ -70,6 +70,6 @@ def test_server_is_gone_afterwards():
 
 
 def test_installed_without_the_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(trainers.local_hub, "SERVER", tmp_path / "hub_server.py")
+    monkeypatch.setattr(trainers.hub.local_hub, "SERVER", tmp_path / "hub_server.py")
     with pytest.raises(FileNotFoundError, match="installed without it"), local_hub():
         pass

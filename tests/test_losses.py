@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainers import losses
-from trainers.losses import agreement, alignment_loss, divergence, head_loss, row_seeds, sample_positions
-from trainers.trl_compat import tiled_divergence, tiled_log_probs
+from trainers.distillation import losses
+from trainers.distillation.losses import agreement, alignment_loss, divergence, head_loss, row_seeds, sample_positions
+from trainers.distillation.trl_compat import tiled_divergence, tiled_log_probs
 
 
 N, D, D_TEACHER, V = 21, 16, 12, 50

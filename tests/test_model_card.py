@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 from student import make_head_map, make_report
 
 from modeling_rad_hybrid import RadHybridConfig
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.model_card import load_snippet, pin_snippet, render_card, without_paths
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.hub.model_card import load_snippet, pin_snippet, render_card, without_paths
 
 
 GOLDEN = Path(__file__).parent / "golden" / "model_card.md"

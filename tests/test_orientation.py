@@ -17,12 +17,12 @@ from modeling_rad_hybrid.ssd import ssd_sequential
 from trainers import actions, orientation
 from trainers.cli import main
 from trainers.conversion import converted_heads
-from trainers.distill_trainer import LAYER_ERRORS
+from trainers.distillation.distill_trainer import LAYER_ERRORS
+from trainers.distillation.orientation import mixing_rows, mixing_terms, orientation_loss, recorded_attention
+from trainers.distillation.stage_losses import recorded_mixers
 from trainers.files import read_json
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.orientation import mixing_rows, mixing_terms, orientation_loss, recorded_attention
+from trainers.heads.head_map import HeadMap, TeacherShape
 from trainers.recipe import Recipe
-from trainers.stage_losses import recorded_mixers
 from trainers.workshop import Workshop
 
 

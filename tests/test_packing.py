@@ -16,11 +16,11 @@ from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.cli import main
 from trainers.conversion import convert
 from trainers.data import Source, chat_tokens, mixed_rows, packed_dataset, source_from_settings
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.documents import DocumentStream, is_held_out, text_documents
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.packing import DocumentCollator, Manifest, load_packed, pack
+from trainers.data.documents import DocumentStream, is_held_out, text_documents
+from trainers.data.packing import DocumentCollator, Manifest, load_packed, pack
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.heads.head_map import HeadMap, TeacherShape
 from trainers.recipe import Recipe
 from trainers.workshop import Workshop
 
@@ -109,7 +109,7 @@ def test_a_packed_folder_is_whole_or_not_there(corpus, tiny_tokenizer, monkeypat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("trainers.packing.pq.write_table", full)
+        patch.setattr("trainers.data.packing.pq.write_table", full)
         with pytest.raises(OSError, match="No space left"):
             make(corpus / "a", tiny_tokenizer)
     assert [path.name for path in corpus.iterdir()] == ["text.jsonl.zst"]

@@ -18,10 +18,10 @@ from benchmarks.paper.measure import asked
 from benchmarks.paper.report import Results, card_text, curve_points, tables, write_card
 from benchmarks.paper.run import collect
 from modeling_rad_hybrid import RadHybridConfig
+from trainers.data.packing import Manifest
 from trainers.evaluation import coverage
 from trainers.files import read_json, write_json
-from trainers.head_scoring import HeadScores
-from trainers.packing import Manifest
+from trainers.heads.head_scoring import HeadScores
 from trainers.recipe import Recipe
 from trainers.workshop import Workshop
 

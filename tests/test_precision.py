@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from modeling_rad_hybrid import AUTO_MAP, CACHE_NAME, RadHybridConfig, RadHybridForCausalLM
 from modeling_rad_hybrid.discrete_mamba2 import DiscreteMamba2
 from trainers.conversion import OPEN_GATE
-from trainers.staging import code_files
+from trainers.hub.staging import code_files
 
 
 KEPT_HEADS = [[0], [], [0, 1, 2, 3]]
@@ -89,7 +89,9 @@ def test_states_are_float32_and_the_rest_bfloat16(student, tmp_path):
     assert half.model.rotary_emb.inv_freq.dtype == torch.float32
     cache = half(ids, use_cache=True)[CACHE_NAME]
     half(ids[:, :1], **{CACHE_NAME: cache})
-    layers = [layer for layer, kind in zip(cache.layers, half.config.layer_types, strict=True) if kind != "full_attention"]
+    layers = [
+        layer for layer, kind in zip(cache.layers, half.config.layer_types, strict=True) if kind != "full_attention"
+    ]
     assert {layer.recurrent_states[0].dtype for layer in layers} == {torch.float32}
     assert {layer.conv_states[0].dtype for layer in layers} == {torch.bfloat16}
     assert cache.layers[2].keys.dtype == torch.bfloat16
@@ -120,7 +122,14 @@ def test_what_a_checkpoint_lacks_starts_as_the_identity(student, tmp_path):
     "where",
     [
         {"device_map": {"": "cpu"}},
-        {"device_map": {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}},
+        {
+            "device_map": {
+                "model.embed_tokens": "cpu",
+                "model.rotary_emb": "cpu",
+                "model.norm": "cpu",
+                "lm_head": "cpu",
+            }
+        },
     ],
     ids=["one device", "layers on disk"],
 )
@@ -205,7 +214,11 @@ def test_two_processes_share_a_student(kind, tied, tmp_path):
     root = Path(__file__).parent.parent
     process = subprocess.run(
         [sys.executable, two_processes.__file__, str(tmp_path), kind],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+            "OMP_NUM_THREADS": "1",
+        },
         capture_output=True,
         text=True,
     )

@@ -14,17 +14,17 @@ from huggingface_hub import EvalResultEntry, ModelCard, parse_eval_result_entrie
 from safetensors.torch import load_file, save_file
 from student import make_head_map, make_report, make_student, stage_student
 
-import trainers.reload
+import trainers.hub.reload
 from modeling_rad_hybrid import AUTO_MAP, RadHybridForCausalLM
 from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.model_card import eval_results
-from trainers.publish import publish
-from trainers.reload import reload_check
-from trainers.staging import code_files, find_license, stage
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.hub.model_card import eval_results
+from trainers.hub.publish import publish
+from trainers.hub.reload import reload_check
+from trainers.hub.staging import code_files, find_license, stage
+from trainers.hub.verify import verify
 from trainers.tasks import task_from_settings
-from trainers.verify import verify
 
 
 @pytest.fixture
@@ -373,7 +373,7 @@ def test_fresh_process_without_our_packages(staged):
 
 def test_fresh_process_must_be_without_our_packages(staged, monkeypatch):
     """A package that can be imported there after all is an error: the check would prove nothing."""
-    monkeypatch.setattr(trainers.reload, "BLOCKED", ["json"])
+    monkeypatch.setattr(trainers.hub.reload, "BLOCKED", ["json"])
     with pytest.raises(ValueError, match="json can be imported in a process that must do without it"):
         reload_check(staged)
 

@@ -13,7 +13,7 @@ from stranger import run_as_stranger
 from student import make_head_map, make_report, make_student
 
 from trainers.files import write_json
-from trainers.head_map import TeacherShape
+from trainers.heads.head_map import TeacherShape
 
 
 CHECKOUT = Path(__file__).parents[1]

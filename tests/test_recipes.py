@@ -11,9 +11,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig
 
 from trainers.cli import main
-from trainers.distill_config import RadDistillationConfig
+from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.estimates import check_data, estimate_stages, student_shapes
-from trainers.head_map import HeadMap
+from trainers.heads.head_map import HeadMap
 from trainers.recipe import ROOT, Recipe
 from trainers.workshop import DEFAULT_TEACHER, DEFAULT_TEACHER_ID
 

@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import modeling_rad_hybrid
 import trainers
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM, RadHybridModel
-from trainers.code_rules import code_problems, relative_imports
-from trainers.staging import code_files
+from trainers.hub.code_rules import code_problems, relative_imports
+from trainers.hub.staging import code_files
 
 
 SHIPPED = Path(modeling_rad_hybrid.__file__).parent
@@ -47,19 +47,23 @@ FLOORS = [
 ]
 
 
+# Folders of trainers/ that hold nothing themselves.
+ROOMS = {"heads", "distillation", "hub"}
+
+
 def shipped_files() -> list[Path]:
     return sorted(file for file in SHIPPED.glob("*.py") if file.name != "__init__.py")
 
 
 def imported_modules(file: Path, package: str) -> set[str]:
-    """Modules of one of our packages that a file imports, inside functions too."""
+    """Modules of one of our packages that a file imports, inside functions too, by the last part of their names."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and not node.level and node.module.split(".")[0] == package:
-            names = [alias.name for alias in node.names] if node.module == package else [node.module.split(".")[1]]
-            found.update(names)
+            of_rooms = node.module == package or node.module.removeprefix(f"{package}.") in ROOMS
+            found.update([alias.name for alias in node.names] if of_rooms else [node.module.split(".")[-1]])
         elif isinstance(node, ast.Import):
-            found.update(alias.name.split(".")[1] for alias in node.names if alias.name.startswith(f"{package}."))
+            found.update(alias.name.split(".")[-1] for alias in node.names if alias.name.startswith(f"{package}."))
     return found
 
 
@@ -154,13 +158,14 @@ def test_model_files_import_downwards():
 def test_trainers_import_downwards():
     level = {name: number for number, floor in enumerate(FLOORS) for name in floor}
     graph = {}
-    for file in sorted(TRAINERS.glob("*.py")):
-        if file.stem == "__init__":
+    for file in sorted(TRAINERS.rglob("*.py")):
+        name = file.parent.name if file.stem == "__init__" else file.stem
+        if name in ROOMS or file.parent == TRAINERS and file.stem == "__init__":
             continue
-        assert file.stem in level, f"trainers/{file.name} stands on no floor yet; give it one in FLOORS"
-        graph[file.stem] = imported_modules(file, "trainers")
-        for module in graph[file.stem]:
-            assert level[module] <= level[file.stem], f"trainers/{file.name} imports {module}, which stands above it"
+        assert name in level, f"{file.relative_to(TRAINERS.parent)} stands on no floor yet; give it one in FLOORS"
+        graph[name] = imported_modules(file, "trainers")
+        for module in graph[name]:
+            assert level[module] <= level[name], f"{name} imports {module}, which stands above it"
     done = set()
     while ready := {name for name in set(graph) - done if graph[name] & set(graph) <= done}:
         done |= ready
@@ -173,5 +178,5 @@ def test_cards_import_nothing_of_ours():
 
 
 def test_what_runs_in_a_fresh_process_imports_nothing_of_ours():
-    file = TRAINERS / "fresh_load.py"
+    file = TRAINERS / "hub" / "fresh_load.py"
     assert not imported_modules(file, "trainers") | imported_modules(file, "modeling_rad_hybrid")

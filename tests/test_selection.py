@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.head_scores import HeadScores
-from trainers.selection import (
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.selection import (
     CacheBudget,
     best_layers,
     every_nth_layer,

@@ -15,7 +15,7 @@ import torch
 
 from examples.smollm2.fetch import PROVENANCE, is_complete, teacher_folder
 from trainers.conversion import convert
-from trainers.head_map import HeadMap, TeacherShape, shipped_head_map
+from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_map
 from trainers.teachers import load_teacher
 
 

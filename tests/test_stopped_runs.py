@@ -12,10 +12,10 @@ from test_packing import corpus, make, one_thread  # noqa: F401
 from trl import SFTTrainer
 
 from modeling_rad_hybrid import RadHybridForCausalLM
-from trainers.checkpoints import last_checkpoint
 from trainers.cli import main
 from trainers.conversion import convert
-from trainers.head_map import HeadMap, TeacherShape
+from trainers.distillation.checkpoints import last_checkpoint
+from trainers.heads.head_map import HeadMap, TeacherShape
 
 
 TRAIN = (

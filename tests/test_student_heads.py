@@ -5,13 +5,13 @@ import torch
 from tiny_retriever import KEYS, build_tiny_retriever
 
 from modeling_rad_hybrid import RadHybridConfig
-from trainers.ablation import Ablator
 from trainers.calibration import calibrate
 from trainers.conversion import convert
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.probe_rows import pack
+from trainers.heads.ablation import Ablator
+from trainers.heads.head_map import HeadMap, TeacherShape
+from trainers.heads.student_heads import locate_retrieval, student_slots
 from trainers.probes import EncodedAnswer, KVRetrieval
-from trainers.student_heads import locate_retrieval, student_slots
+from trainers.probes.probe_rows import pack
 
 
 PROBE = KVRetrieval(format="json", pairs=6, shots=1, queries=3, words=tuple(KEYS))

@@ -6,12 +6,12 @@ from test_packing import corpus, make, one_thread  # noqa: F401
 
 from trainers.cli import main
 from trainers.conversion import convert
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.head_map import HeadMap, TeacherShape
-from trainers.losses import divergence, stored_divergence
-from trainers.packing import load_packed
-from trainers.teaching import Taught, load_taught, teach
+from trainers.data.packing import load_packed
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.distillation.losses import divergence, stored_divergence
+from trainers.distillation.teaching import Taught, load_taught, teach
+from trainers.heads.head_map import HeadMap, TeacherShape
 
 
 SETTINGS = [{"text": "text.jsonl.zst", "weight": 1.0}]
@@ -66,7 +66,7 @@ def test_a_student_learns_from_stored_tokens_without_the_teacher(corpus, tiny_ll
 
 def test_teaching_goes_on_where_it_stopped_and_belongs_to_its_rows(corpus, tiny_llama, tiny_tokenizer, monkeypatch):  # noqa: F811
     manifest = make(corpus / "packed", tiny_tokenizer, settings=SETTINGS, length=64, tokens=1000)
-    monkeypatch.setattr("trainers.teaching.TOKENS_PER_FILE", 64 * 6)
+    monkeypatch.setattr("trainers.distillation.teaching.TOKENS_PER_FILE", 64 * 6)
     forward, calls = tiny_llama.model.forward, []
 
     def failing(*args, **kwargs):

@@ -14,9 +14,9 @@ import torch
 from test_distill_trainer import batch_of, make_trainer, one_thread, student  # noqa: F401
 from torch import nn
 
-from trainers import placement
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import NonFiniteError
+from trainers.distillation import placement
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import NonFiniteError
 
 
 def partition(weight: nn.Parameter) -> None:
@@ -61,7 +61,7 @@ def test_the_teacher_is_left_to_deepspeed(tiny_llama, monkeypatch):
 
 
 def test_embeddings_cannot_train_under_zero3(student, make_trainer, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("trainers.distill_trainer.is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr("trainers.distillation.distill_trainer.is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="train_embeddings needs the head's gradient"):
         make_trainer(student, stage="distillation", train_embeddings=True)
 

@@ -17,19 +17,19 @@ from transformers import TrainerCallback
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.calibration import calibrate
-from trainers.checkpoints import last_checkpoint
 from trainers.conversion import convert, summary
 from trainers.data import token_batches
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
+from trainers.distillation.checkpoints import last_checkpoint
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.distillation.watching import MEASUREMENTS, MeasureCallback
 from trainers.evaluation import evaluate
 from trainers.files import read_json, write_json
-from trainers.head_map import HeadMap
+from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype, resolve_dtype
 from trainers.probes import probe_from_settings
 from trainers.recipe import StageSettings
 from trainers.tasks import ProbeTask, Task, task_from_settings
-from trainers.watching import MEASUREMENTS, MeasureCallback
 from trainers.workshop import Workshop, default_device
 
 
@@ -47,7 +47,7 @@ def convert_student(workshop: Workshop, head_map: HeadMap | Path, folder: Path, 
     Args:
         workshop ([`~trainers.workshop.Workshop`]):
             Shared resources; `recipe.convert` and `recipe.calibrate` hold the settings.
-        head_map ([`~trainers.head_map.HeadMap`] or `Path`):
+        head_map ([`~trainers.heads.head_map.HeadMap`] or `Path`):
             Head map, or file with one.
         folder (`Path`):
             Folder to write.

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from modeling_rad_hybrid import CACHE_NAME
-from trainers.asking import common_prefix, left_padded, token_ids
+from trainers.probes.asking import common_prefix, left_padded, token_ids
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from modeling_rad_hybrid import AUTO_MAP, RadHybridConfig, RadHybridForCausalLM
 from trainers.families import backbone_fields, backbone_tensors
-from trainers.head_map import HeadMap
+from trainers.heads.head_map import HeadMap
 from trainers.memory import cache_bytes, kv_bytes_per_token, state_bytes
 
 
@@ -39,7 +39,7 @@ def convert(
     Args:
         teacher (`PreTrainedModel`):
             A causal language model of a supported family, see [`trainers.families`].
-        head_map ([`~trainers.head_map.HeadMap`]):
+        head_map ([`~trainers.heads.head_map.HeadMap`]):
             Heads that stay attention.
         mixing (`str`, *optional*, defaults to `"replace"`):
             `"replace"` or `"parallel"`, see [`RadHybridConfig`].

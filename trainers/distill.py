@@ -20,13 +20,13 @@ from trl import TrlParser
 
 from trainers.actions import CALIBRATION_ROWS, record_training
 from trainers.calibration import calibrate
-from trainers.checkpoints import last_checkpoint
 from trainers.data import token_batches
-from trainers.distill_config import RadDistillationConfig
-from trainers.distill_trainer import RadDistillationTrainer
-from trainers.packing import Manifest, load_packed
+from trainers.data.packing import Manifest, load_packed
+from trainers.distillation.checkpoints import last_checkpoint
+from trainers.distillation.distill_config import RadDistillationConfig
+from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.distillation.teaching import load_taught
 from trainers.recipe import CalibrateSettings
-from trainers.teaching import load_taught
 from trainers.workshop import mixture_rows, resolve_teacher, text_and_held_out
 
 
@@ -38,7 +38,7 @@ LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 @dataclass
 class DistillArguments:
     """
-    What a stage starts from and learns on; the rest is [`~trainers.distill_config.RadDistillationConfig`].
+    What a stage starts from and learns on; the rest is [`~trainers.distillation.distill_config.RadDistillationConfig`].
 
     Args:
         model_name_or_path (`str`):

@@ -14,11 +14,11 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
-from trainers.documents import check_source
+from trainers.data.documents import check_source
+from trainers.data.packing import Manifest
+from trainers.distillation.orientation import ORIENTED_PARTS
 from trainers.families import backbone_fields
-from trainers.head_map import HeadMap
-from trainers.orientation import ORIENTED_PARTS
-from trainers.packing import Manifest
+from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype
 from trainers.recipe import ROOT, Recipe, StageSettings
 from trainers.workshop import resolve_teacher

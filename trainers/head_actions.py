@@ -10,22 +10,22 @@ import dataclasses
 import random
 from pathlib import Path
 
-from trainers.ablation import tokens_at_once
 from trainers.data import token_batches
 from trainers.files import write_json
-from trainers.head_curves import curve
-from trainers.head_kinds import head_kinds, landmarks, patterns
-from trainers.head_map import HeadMap
-from trainers.head_map_repo import find_head_map
-from trainers.head_scores import HeadScores
-from trainers.head_scoring import score_heads
+from trainers.heads.ablation import tokens_at_once
+from trainers.heads.head_curves import curve
+from trainers.heads.head_kinds import head_kinds, landmarks, patterns
+from trainers.heads.head_map import HeadMap
+from trainers.heads.head_scores import HeadScores
+from trainers.heads.head_scoring import score_heads
+from trainers.heads.selection import no_heads, random_heads, top_k
+from trainers.heads.shared_work import is_main_process
+from trainers.heads.text_scores import layers_by_probe, layers_by_text, text_kl
+from trainers.hub.head_map_repo import find_head_map
 from trainers.plots import accuracy_curves, attention_pattern, score_heat_map
 from trainers.precision import resolve_dtype
-from trainers.probe_rows import pack
 from trainers.probes import KVRetrieval, probe_from_settings
-from trainers.selection import no_heads, random_heads, top_k
-from trainers.shared_work import is_main_process
-from trainers.text_scores import layers_by_probe, layers_by_text, text_kl
+from trainers.probes.probe_rows import pack
 from trainers.workshop import Workshop
 
 
@@ -83,7 +83,7 @@ def draw_curves(
     Args:
         workshop ([`~trainers.workshop.Workshop`]):
             Shared resources.
-        scores ([`~trainers.head_scores.HeadScores`]):
+        scores ([`~trainers.heads.head_scores.HeadScores`]):
             Scores of the teacher. The same probe is asked, with questions of the recipe's seed.
         counts (`list[int]`):
             Numbers of heads.
@@ -136,7 +136,7 @@ def draw_kinds(workshop: Workshop, head_map: HeadMap, num_examples: int, out: Pa
     Args:
         workshop ([`~trainers.workshop.Workshop`]):
             Shared resources.
-        head_map ([`~trainers.head_map.HeadMap`]):
+        head_map ([`~trainers.heads.head_map.HeadMap`]):
             Map of the teacher.
         num_examples (`int`):
             Questions.

@@ -12,7 +12,7 @@ from trainers.cli_output import done, show, workshop_of
 def score(args: argparse.Namespace) -> None:
     """Scores a teacher's heads."""
     from trainers import head_actions
-    from trainers.shared_work import is_main_process
+    from trainers.heads.shared_work import is_main_process
 
     settings = {
         "probe": _probe(args),
@@ -44,10 +44,10 @@ def score(args: argparse.Namespace) -> None:
 
 def select(args: argparse.Namespace) -> None:
     """Chooses the kept heads."""
-    from trainers import selection
     from trainers.files import read_json
     from trainers.head_actions import LAYER_METHODS, draw
-    from trainers.head_scores import HeadScores
+    from trainers.heads import selection
+    from trainers.heads.head_scores import HeadScores
 
     scores = HeadScores.load(args.scores)
     budget = {"heads": args.heads, "fraction": args.fraction}
@@ -80,7 +80,7 @@ def select(args: argparse.Namespace) -> None:
 
 def show_heads(args: argparse.Namespace) -> None:
     """Shows a head map."""
-    from trainers.head_map_repo import find_head_map
+    from trainers.hub.head_map_repo import find_head_map
 
     head_map = find_head_map(args.head_map, args.teacher, args.revision)
     facts = {"teacher": head_map.teacher.id, "layout": head_map.teacher.layout, "source": head_map.source}
@@ -89,8 +89,8 @@ def show_heads(args: argparse.Namespace) -> None:
 
 def compare_heads(args: argparse.Namespace) -> None:
     """Compares two head maps."""
-    from trainers.head_compare import compare
-    from trainers.head_map_repo import find_head_map
+    from trainers.heads.head_compare import compare
+    from trainers.hub.head_map_repo import find_head_map
 
     found = compare(find_head_map(args.first), find_head_map(args.second))
     if args.format == "json":
@@ -103,7 +103,7 @@ def compare_heads(args: argparse.Namespace) -> None:
 def draw_curves(args: argparse.Namespace) -> None:
     """Measures a teacher with its best heads kept, and removed."""
     from trainers import head_actions
-    from trainers.head_scores import HeadScores
+    from trainers.heads.head_scores import HeadScores
 
     scores = HeadScores.load(args.scores)
     every = scores.teacher.num_heads
@@ -121,7 +121,7 @@ def draw_curves(args: argparse.Namespace) -> None:
 def show_kinds(args: argparse.Namespace) -> None:
     """Labels the kept heads of a map."""
     from trainers import head_actions
-    from trainers.head_map_repo import find_head_map
+    from trainers.hub.head_map_repo import find_head_map
 
     kinds = head_actions.draw_kinds(workshop_of(args), find_head_map(args.head_map), args.num_examples, Path(args.out))
     names = {
@@ -152,9 +152,9 @@ def locate(args: argparse.Namespace) -> None:
 
     from trainers.actions import load_student
     from trainers.files import write_json
+    from trainers.heads.student_heads import locate_retrieval
     from trainers.probes import probe_from_settings
     from trainers.recipe import ScoreSettings
-    from trainers.student_heads import locate_retrieval
 
     probe = probe_from_settings(ScoreSettings().probe)
     student, tokenizer = load_student(args.student), AutoTokenizer.from_pretrained(args.student)
@@ -172,9 +172,9 @@ def locate(args: argparse.Namespace) -> None:
 
 def push_heads(args: argparse.Namespace) -> None:
     """Adds head maps to a repository."""
-    from trainers.head_map import shipped_head_maps
-    from trainers.head_map_repo import push_head_maps, shipped_scores
-    from trainers.hub_upload import changes_table
+    from trainers.heads.head_map import shipped_head_maps
+    from trainers.hub.head_map_repo import push_head_maps, shipped_scores
+    from trainers.hub.hub_upload import changes_table
 
     upload = push_head_maps(
         args.head_map or shipped_head_maps(),
@@ -194,7 +194,7 @@ def push_heads(args: argparse.Namespace) -> None:
 
 def pull_heads(args: argparse.Namespace) -> None:
     """Fetches a head map."""
-    from trainers.head_map_repo import find_head_map
+    from trainers.hub.head_map_repo import find_head_map
 
     head_map = find_head_map(args.repo_id, args.teacher, args.revision)
     head_map.save(args.out)

@@ -23,20 +23,20 @@ from rich.console import Console
 from rich.table import Table
 
 from trainers import actions, head_actions
+from trainers.data.packing import Manifest
+from trainers.distillation.watching import draw_measurements, measurements
 from trainers.estimates import Estimate
 from trainers.evaluation import comparison_table, make_report
 from trainers.files import read_json, write_json
-from trainers.head_map import HeadMap
-from trainers.head_scores import HeadScores
-from trainers.local_hub import publish_to_local_hub
-from trainers.packing import Manifest
+from trainers.heads.head_map import HeadMap
+from trainers.heads.head_scores import HeadScores
+from trainers.hub.local_hub import publish_to_local_hub
+from trainers.hub.publish import publish
+from trainers.hub.staging import stage
 from trainers.plots import accuracy_bars
 from trainers.probes import probe_from_settings
-from trainers.publish import publish
 from trainers.recipe import Recipe, StageSettings
-from trainers.staging import stage
 from trainers.steps import Ledger, Step, stamp
-from trainers.watching import draw_measurements, measurements
 from trainers.workshop import Workshop
 
 

@@ -59,7 +59,7 @@ class ScoreSettings:
         answers (`str`, *optional*, defaults to `"generated"`):
             When an answer counts: `"generated"` or `"candidates"`.
         screen (`str`, *optional*), survivors (`int`, *optional*):
-            Screen of [`trainers.screens`] that chooses the heads to ablate, and how many it lets through.
+            Screen of [`trainers.heads.screens`] that chooses the heads to ablate, and how many it lets through.
         text_tokens (`int`, *optional*, defaults to `0`):
             Tokens of held-out text on which every head is ablated too, for its divergence there.
     """
@@ -89,7 +89,7 @@ class SelectSettings:
         fraction (`float`, *optional*):
             Kept heads as a share of all, between 0 and 1.
         head_map (`str`, *optional*):
-            File, folder, name of a shipped map or Hub id, as [`~trainers.head_map_repo.find_head_map`] takes it.
+            File, folder, name of a shipped map or Hub id, as [`~trainers.hub.head_map_repo.find_head_map`] takes it.
         head_map_revision (`str`, *optional*):
             Branch, tag or commit of the map's Hub repo.
     """
@@ -201,7 +201,7 @@ class CalibrateSettings:
 @dataclass(frozen=True)
 class StageSettings:
     """
-    One training stage, a run of [`~trainers.distill_trainer.RadDistillationTrainer`].
+    One training stage, a run of [`~trainers.distillation.distill_trainer.RadDistillationTrainer`].
 
     Args:
         tokens (`int`, *optional*, defaults to `0`):
@@ -209,7 +209,7 @@ class StageSettings:
         batch_tokens (`int`, *optional*, defaults to `4096`):
             Tokens of one optimizer step.
         arguments (`dict`, *optional*):
-            Any other field of [`~trainers.distill_config.RadDistillationConfig`], such as `learning_rate`.
+            Any other field of [`~trainers.distillation.distill_config.RadDistillationConfig`], such as `learning_rate`.
         length (`int`, *optional*):
             Tokens of one sequence in this stage, where it is not that of `data`.
         packed (`str`, *optional*):

@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from trainers.asking import EncodedAnswer, is_correct, token_accuracy
 from trainers.continuations import continuation_log_likelihoods, generate_greedy
 from trainers.probes import Example, Probe, probe_from_settings
+from trainers.probes.asking import EncodedAnswer, is_correct, token_accuracy
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from trainers.cli_output import command_line, done, show, workshop_of
 def convert(args: argparse.Namespace) -> None:
     """Makes a student."""
     from trainers.actions import convert_student
-    from trainers.head_map_repo import find_head_map
+    from trainers.hub.head_map_repo import find_head_map
     from trainers.pipeline import conversion_tables
 
     if args.head_map is None:
@@ -37,8 +37,7 @@ def convert(args: argparse.Namespace) -> None:
 
 def pack(args: argparse.Namespace) -> None:
     """Packs training data."""
-    from trainers import packing
-    from trainers.data import source_from_settings
+    from trainers.data import packing, source_from_settings
     from trainers.recipe import DataSettings, Recipe
     from trainers.workshop import EXCERPT
 
@@ -72,8 +71,8 @@ def pack(args: argparse.Namespace) -> None:
 
 def teach(args: argparse.Namespace) -> None:
     """Stores a teacher's likeliest tokens."""
+    from trainers.distillation.teaching import teach as store
     from trainers.precision import resolve_dtype
-    from trainers.teaching import teach as store
     from trainers.workshop import default_device
 
     workshop = workshop_of(args)
@@ -132,9 +131,9 @@ def evaluate(args: argparse.Namespace) -> None:
 
 def publish(args: argparse.Namespace) -> None:
     """Stages and pushes a student."""
-    from trainers.hub_upload import changes_table
-    from trainers.publish import publish as push
-    from trainers.staging import stage
+    from trainers.hub.hub_upload import changes_table
+    from trainers.hub.publish import publish as push
+    from trainers.hub.staging import stage
 
     folder = stage(
         args.student,
@@ -172,7 +171,7 @@ def publish(args: argparse.Namespace) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Checks a student as data."""
-    from trainers.inspection import inspect_student
+    from trainers.hub.inspection import inspect_student
 
     seen = inspect_student(args.student, args.revision, progress=args.format == "human" and not args.quiet)
     code = "the same as this hf-rad's" if seen.own_code else "of another version or another author: read it first"

@@ -24,15 +24,15 @@ from transformers import TrainerCallback
 
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers import actions
-from trainers.distill_trainer import NonFiniteError
+from trainers.distillation.distill_trainer import NonFiniteError
 from trainers.evaluation import evaluate, hardware
 from trainers.files import read_json, write_json
-from trainers.head_map import HeadMap
-from trainers.head_scoring import HeadScores
+from trainers.heads.head_map import HeadMap
+from trainers.heads.head_scoring import HeadScores
+from trainers.heads.selection import every_nth_layer, no_heads, random_heads, top_k
 from trainers.precision import resolve_dtype
 from trainers.probes import KVRetrieval, PhoneBook
 from trainers.recipe import Recipe
-from trainers.selection import every_nth_layer, no_heads, random_heads, top_k
 from trainers.tasks import ProbeTask
 from trainers.workshop import ROOT, Workshop, default_device
 

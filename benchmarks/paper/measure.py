@@ -19,10 +19,10 @@ from benchmarks.paper.cell import RECIPE
 from trainers import actions
 from trainers.evaluation import hardware, versions
 from trainers.files import write_json
+from trainers.heads.student_heads import locate_retrieval
 from trainers.precision import resolve_dtype
 from trainers.probes import KVRetrieval, PhoneBook
 from trainers.recipe import Recipe
-from trainers.student_heads import locate_retrieval
 from trainers.tasks import ChoiceTask, Task
 from trainers.workshop import Workshop, default_device
 

@@ -17,9 +17,9 @@ from benchmarks.paper.figures import draw_curves
 from modeling_rad_hybrid import RadHybridConfig
 from trainers.evaluation import coverage, make_report
 from trainers.files import atomic_path, read_json, write_json
-from trainers.head_map import HeadMap
+from trainers.heads.head_map import HeadMap
+from trainers.hub.model_card import render_card
 from trainers.memory import cache_bytes
-from trainers.model_card import render_card
 from trainers.tasks import task_from_settings
 
 

@@ -1,0 +1,1 @@
+"""Which attention heads retrieve: probing by ablation, scores, rankings, selections and the head map."""

@@ -1,0 +1,1 @@
+"""Students and head maps on the Hub: card, staging, checks, upload, reload."""
