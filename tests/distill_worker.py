@@ -124,6 +124,9 @@ def main(out: str, mode: str) -> None:
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             torch.save({"weights": weights, "losses": losses}, out / f"{mode}_{stage}.pt")
     train_and_resume(out, tokenizer, mode, settings)
+    # Left to the interpreter's end, gloo's threads can abort the process that leaves first.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
