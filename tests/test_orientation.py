@@ -14,9 +14,10 @@ from test_distill_trainer import batch_of, make_rows, make_student, make_trainer
 from transformers import MistralConfig, MistralForCausalLM
 
 from modeling_rad_hybrid.ssd import ssd_sequential
-from trainers import actions, orientation
+from trainers import actions
 from trainers.cli import main
 from trainers.conversion import converted_heads
+from trainers.distillation import orientation
 from trainers.distillation.distill_trainer import LAYER_ERRORS
 from trainers.distillation.orientation import mixing_rows, mixing_terms, orientation_loss, recorded_attention
 from trainers.distillation.stage_losses import recorded_mixers
