@@ -19,9 +19,9 @@ from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
-from trainers.data.documents import text_documents
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.documents import text_documents
 from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype
 from trainers.probes import KVRetrieval

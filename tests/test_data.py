@@ -13,7 +13,7 @@ from trainers.data import (
     packed_dataset,
     token_batches,
 )
-from trainers.data.documents import held_out, text_documents
+from trainers.documents import held_out, text_documents
 from trainers.probes import KVRetrieval
 
 

@@ -16,10 +16,10 @@ from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.cli import main
 from trainers.conversion import convert
 from trainers.data import Source, chat_tokens, mixed_rows, packed_dataset, source_from_settings
-from trainers.data.documents import DocumentStream, is_held_out, text_documents
 from trainers.data.packing import DocumentCollator, Manifest, load_packed, pack
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.documents import DocumentStream, is_held_out, text_documents
 from trainers.heads.head_map import HeadMap, TeacherShape
 from trainers.recipe import Recipe
 from trainers.workshop import Workshop

@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from modeling_rad_hybrid import RadHybridConfig, RadHybridForCausalLM
-from trainers.data.documents import check_source
 from trainers.data.packing import Manifest
 from trainers.distillation.orientation import ORIENTED_PARTS
+from trainers.documents import check_source
 from trainers.families import backbone_fields
 from trainers.heads.head_map import HeadMap
 from trainers.precision import fast_dtype

@@ -22,8 +22,8 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trainers.data import ProbeDocuments, Source, packed_dataset, source_from_settings
-from trainers.data.documents import held_out, text_documents
 from trainers.data.packing import Manifest, load_packed
+from trainers.documents import held_out, text_documents
 from trainers.heads.head_map import TeacherShape
 from trainers.precision import fast_dtype
 from trainers.probes import probe_from_settings

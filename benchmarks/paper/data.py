@@ -15,7 +15,7 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from trainers.data.documents import is_held_out, text_documents
+from trainers.documents import is_held_out, text_documents
 from trainers.files import atomic_path
 from trainers.recipe import Recipe
 from trainers.tasks import read_rows

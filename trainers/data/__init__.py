@@ -1,5 +1,5 @@
 """
-Training data: documents (`trainers.data.documents`) and probes, mixed by tokens and packed into rows of one length.
+Training data: documents (`trainers.documents`) and probes, mixed by tokens and packed into rows of one length.
 
     text, held = held_out(text_documents("corpus.jsonl.gz"))
     rows = packed_dataset(
@@ -22,7 +22,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from trainers.data.documents import Document, DocumentStream
+from trainers.documents import Document, DocumentStream
 from trainers.probes import probe_from_settings
 
 

@@ -39,7 +39,7 @@ class Needle(SceneProbe):
             Examples that share one haystack and its shots.
         text (`str`, *optional*):
             The text: a .jsonl or .txt file, a folder of them, or a Hub data set, as
-            [`~trainers.data.documents.text_documents`] reads it; by default the excerpt in `examples/text`.
+            [`~trainers.documents.text_documents`] reads it; by default the excerpt in `examples/text`.
 
     Raises:
         `ValueError`: for settings that ask for more needles than there are, or no place for them.
@@ -235,7 +235,7 @@ class VariableTracking(SceneProbe):
 @functools.lru_cache(maxsize=4)
 def _documents(text: str | None) -> tuple[str, ...]:
     # Reads Hub data sets too, which takes long to import.
-    from trainers.data.documents import text_documents
+    from trainers.documents import text_documents
 
     if text is None and not EXCERPT.is_file():
         raise FileNotFoundError(
