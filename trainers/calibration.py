@@ -32,7 +32,7 @@ class NormalEquations:
         """Takes in `features` `[..., n]` and `targets` `[..., m]`."""
         features, targets = features.flatten(0, -2).float(), targets.flatten(0, -2).float()
         features = nn.functional.pad(features, (0, 1), value=1.0)
-        # Products of one batch in float32 (in bfloat16 under autocast: the residual is the same), sums in float64.
+        # Products of one batch in float32 (in bfloat16 under autocast), sums over batches in float64.
         self.gram = self.gram + (features.T @ features).double()
         self.cross = self.cross + (features.T @ targets).double()
         self.energy = self.energy + targets.double().pow(2).sum()
