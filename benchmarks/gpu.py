@@ -5,9 +5,9 @@ The recurrent heads and the whole student on one GPU: correctness first, then ti
     python -m benchmarks.gpu --sections scan decode --quick    # some sections, fewer cases
     python -m benchmarks.gpu --tiny                            # a rehearsal on the CPU with tiny sizes
 
-Sections: `check` (the default back end, in seconds) and `scan` (gpu_scan.py), `decode` (gpu_decode.py), `prefill` and `train` (gpu_models.py). Tables go to the screen
-as they come and to one JSON file; a section that fails says so and the next one starts. Nothing that fails its
-correctness check is timed. The packages to compare with (mamba-ssm, flash-linear-attention) are optional.
+Sections: `check` (the default back end, in seconds) and `scan` (gpu_scan.py), `decode` (gpu_decode.py), `project`,
+`prefill` and `train` (gpu_models.py). Tables go to the screen as they come and to one JSON file; a section that fails
+says so and the next one starts. Nothing that fails its correctness check is timed. The packages to compare with (mamba-ssm, flash-linear-attention) are optional.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from trainers.heads.head_map import shipped_head_map
 SECTIONS = {
     "check": gpu_scan.check,
     "scan": gpu_scan.run,
+    "project": gpu_models.project,
     "decode": gpu_decode.run,
     "prefill": gpu_models.prefill,
     "train": gpu_models.train,
@@ -80,6 +81,8 @@ def cases(options: argparse.Namespace) -> None:
     options.tokens_at_once = 32768
     options.decode_cases = [(batch, context) for batch in (32, 128, 1) for context in (8192, 2048, 32768)]
     options.profile_case = (32, 8192)
+    options.projections = [("1B", 2048, 31 * 145), ("SmolLM2", 576, 9 * 145)]
+    options.projection_rows = [32, 128, 4096, 16384]
     options.prompts = [8192, 32768, 131072]
     options.training = {"SmolLM2": (SMOLLM2, smollm2, 8, 2048), "1B": (LLAMA_1B, options.kept, 2, 2048)}
     if options.quick:
@@ -96,6 +99,7 @@ def cases(options: argparse.Namespace) -> None:
         options.states = [8]
         options.scan_cases, options.tokens_at_once = [("tiny", 8, 96)], 96
         options.decode_cases, options.prompts = [(1, 64), (4, 64)], [64]
+        options.projections, options.projection_rows = [("tiny", 16, 37)], [8]
         options.training = {"tiny": (TINY, TINY_KEPT, 2, 64)}
 
 

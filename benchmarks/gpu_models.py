@@ -1,5 +1,6 @@
 """
-Whole models: time to the first token and its memory, and training steps of both stages against a naive form.
+Whole models: time to the first token and its memory, and training steps of both stages against a naive form. And the
+product that both share, the recurrent heads' input projection, whose width is odd in most layers.
 
 The naive form is the same mathematics as a first draft would write it: the scan in eager PyTorch, all logits of both
 models in float32 for the divergence. Ours takes the default back end of the scan and the trainer's own losses
@@ -11,10 +12,43 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from benchmarks.gpu_decode import make_model
-from benchmarks.gpu_tools import CUDA, DEVICE, milliseconds, peak_bytes
+from benchmarks.gpu_tools import CUDA, DEVICE, milliseconds, peak_bytes, relative_error
 from modeling_rad_hybrid import CACHE_NAME
+from modeling_rad_hybrid.aligned_linear import AlignedLinear
 from modeling_rad_hybrid.rollback_cache import RadHybridCache
 from trainers.memory import cache_bytes
+
+
+def project(report, options) -> None:
+    """The input projection of a layer, forward and backward, in rows as wide as it is and in aligned ones."""
+    columns = ["shape", "width", "rows", "form", "error", "fwd ms", "fwd+bwd ms", "speed fwd", "speed fwd+bwd"]
+    add = report.table(
+        "Input projection of odd width, bfloat16 (error against float64, outputs and gradients)", columns
+    )
+    for shape, inputs, width in options.projections:
+        layer = AlignedLinear(inputs, width, device=DEVICE, dtype=torch.bfloat16)
+        for rows in options.projection_rows:
+            hidden = torch.randn(rows, inputs, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+            weight = torch.randn(rows, width, device=DEVICE, dtype=torch.bfloat16)
+
+            def both(form, hidden=hidden, weight=weight, layer=layer):
+                output = form(hidden)
+                return [output, *torch.autograd.grad(output, [hidden, *layer.parameters()], weight)]
+
+            leaves = [t.detach().double().requires_grad_() for t in (hidden, *layer.parameters())]
+            exact = nn.functional.linear(*leaves)
+            exact = [exact, *torch.autograd.grad(exact, leaves, weight.double())]
+            base = None
+            for name, form in (("as wide", super(AlignedLinear, layer).forward), ("aligned", layer.aligned)):
+                error = max(relative_error(one, other) for one, other in zip(both(form), exact, strict=True))
+                if error > 1e-2:
+                    raise RuntimeError(f"The projection {name} is wrong by {error:.1e}.")
+                with torch.no_grad():
+                    forward = milliseconds(lambda form=form, hidden=hidden: form(hidden))
+                times = forward, milliseconds(lambda form=form: both(form))
+                base = base or times
+                speeds = (then / now for then, now in zip(base, times, strict=True))
+                add(shape, width, rows, name, error, *times, *speeds)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .aligned_linear import AlignedLinear
 from .mixer_triton import convolve, gate
 from .rollback_cache import Fed, RollbackLayer
 from .ssd import ssd, ssd_step
@@ -78,7 +79,7 @@ class DiscreteMamba2(nn.Module):
         )
         inner, state = num_heads * self.head_dim, num_heads * self.state_size
         self.sections = [inner, inner + 2 * state, num_heads]  # z; x, B, C; A_log
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.sections), bias=True)
+        self.in_proj = AlignedLinear(config.hidden_size, sum(self.sections), bias=True)
         self.conv1d = CausalConv1d(self.sections[1], self.conv_kernel)
         self.D = nn.Parameter(torch.zeros(num_heads))
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=True)

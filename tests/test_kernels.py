@@ -13,6 +13,7 @@ from modeling_rad_hybrid import (
     CACHE_NAME,
     RadHybridConfig,
     RadHybridForCausalLM,
+    aligned_linear,
     discrete_mamba2,
     mixer_triton,
     ssd_mamba,
@@ -143,6 +144,38 @@ def test_the_convolution_takes_up_the_window_of_earlier_tokens():
     convolution = discrete_mamba2.CausalConv1d(8, 4).requires_grad_(False)
     new, window = torch.randn(2, 5, 8), torch.randn(2, 8, 4)
     torch.testing.assert_close(convolution(new, window, by_kernel=True), convolution(new, window))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
+def test_a_projection_of_odd_width_in_aligned_rows_equals_a_linear_layer(dtype):
+    torch.manual_seed(0)
+    layer = aligned_linear.AlignedLinear(16, 13)
+    hidden, weight = torch.randn(2, 5, 16), torch.randn(2, 5, 13)
+    found = []
+    for function in (layer.aligned, layer):  # on a CPU, calling it is nn.Linear's own product
+        leaf = hidden.clone().requires_grad_()
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            output = function(leaf)
+        found.append([output, *torch.autograd.grad((output * weight).sum(), [leaf, layer.weight, layer.bias])])
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype and relative_error(one, other.double()) < (1e-2 if dtype else 1e-6)
+    assert found[0][0].stride() == (80, 16, 1) and found[1][0].stride() == (65, 13, 1)
+
+
+@pytest.mark.parametrize(("width", "tests"), [(16, None), (13, "test_faketensor")])
+def test_the_aligned_product_is_an_operator_for_the_compiler(width, tests):
+    layer = aligned_linear.AlignedLinear(8, width)
+    arguments = torch.randn(5, 8, requires_grad=True), layer.weight, layer.bias
+    # Without a gap all checks hold; with one, what stands in it is undefined and must not be compared.
+    checks = {"test_utils": tests} if tests else {}
+    torch.library.opcheck(aligned_linear.aligned_product, arguments, **checks)
+
+
+def test_frozen_weights_of_an_aligned_projection_get_no_gradient():
+    layer = aligned_linear.AlignedLinear(16, 13)
+    layer.weight.requires_grad_(False)
+    layer.aligned(torch.randn(2, 16)).sum().backward()
+    assert layer.weight.grad is None and layer.bias.grad.tolist() == [2.0] * 13
 
 
 @needs_triton

@@ -29,8 +29,8 @@ MODEL_ORDER = [
     "ssd",
     "rollback_cache",
 ]
-MODEL_ORDER += ["mixer_kernels", "mixer_triton", "discrete_mamba2", "masks", "packed_rows", "generation"]
-MODEL_ORDER += ["modeling_rad_hybrid"]
+MODEL_ORDER += ["mixer_kernels", "mixer_triton", "aligned_linear", "discrete_mamba2", "masks", "packed_rows"]
+MODEL_ORDER += ["generation", "modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
