@@ -12,13 +12,14 @@ Matrix products are measured in the run itself, before and after, in the type th
 import argparse
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
+from trainers.distillation.cpu_heads import fast_heads
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
 from trainers.documents import text_documents
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--kl-positions", type=int, default=128)
     parser.add_argument("--isolate", action="append", choices=("yes", "no"), help="keep documents of a row apart")
+    parser.add_argument("--plain", action="store_true", help="the recurrent heads in PyTorch on a CPU too")
     parser.add_argument("--profile", action="store_true", help="print where the time of the steps goes")
     args = parser.parse_args()
     workshop = Workshop(Recipe(teacher=args.teacher), progress=False)
@@ -89,13 +91,14 @@ def main() -> None:
 def measure(args, workshop, teacher, rows, stage: str, isolate: bool, dtype: torch.dtype) -> None:
     """Runs some steps of a stage and prints their speed."""
     student = convert(workshop.teacher, HeadMap.load(args.head_map))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         settings = {"stage": stage, "isolate_documents": isolate, "per_device_train_batch_size": args.batch}
         settings |= {"kl_positions": args.kl_positions, "max_length": args.length, "max_steps": args.steps + 1}
         config = RadDistillationConfig(folder, report_to="none", disable_tqdm=True, **settings)
         trainer = RadDistillationTrainer(student, teacher, config, rows, processing_class=workshop.tokenizer)
         trainer.create_optimizer_and_scheduler(args.steps + 1)
         batches = list(trainer.get_train_dataloader())
+        stack.enter_context(fast_heads(trainer.model) if not args.plain else nullcontext())
         step(trainer, batches[0])
         before, start = product_rate(dtype), seconds()
         with profile() if args.profile else nullcontext() as seen:

@@ -68,6 +68,10 @@ class DiscreteMamba2(nn.Module):
         num_heads (`int`): number of recurrent heads H.
     """
 
+    # Takes the place of all between the projections in passes without cache and padding, where a trainer sets one: a
+    # function of the projected inputs and `seq_idx`.
+    training_kernel = None
+
     def __init__(self, config, layer_idx: int, num_heads: int):
         super().__init__()
         self.layer_idx = layer_idx
@@ -107,6 +111,8 @@ class DiscreteMamba2(nn.Module):
     def features(self, hidden_states, recurrent_mask=None, cache=None, seq_idx=None) -> torch.Tensor:
         """What the output projection reads, `[B, T, H P]`; arguments as in `forward`."""
         projected = self.in_proj(hidden_states)
+        if self.training_kernel is not None and recurrent_mask is None and cache is None:
+            return self.training_kernel(projected, seq_idx)
         if recurrent_mask is None and self.steps_in_place(projected, cache):
             layer = cache.layers[self.layer_idx]
             if isinstance(layer, RollbackLayer):

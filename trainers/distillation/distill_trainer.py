@@ -19,7 +19,7 @@ import json
 import math
 import re
 import textwrap
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from trl import SFTTrainer
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.data.packing import TEACHER_COLUMNS, DocumentCollator
 from trainers.distillation.checkpoints import last_good, saving
+from trainers.distillation.cpu_heads import fast_heads
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.orientation import ORIENTED_PARTS
 from trainers.distillation.placement import own_class, place_teacher, shared_frozen_tensors, whole_state_dict
@@ -275,17 +276,21 @@ class RadDistillationTrainer(StageLosses, SFTTrainer):
 
     def train(self, *args, **kwargs):
         """As the parent's; meanwhile what student and teacher have in common is in memory once, where it is whole."""
-        if (
-            self.teacher_model is None
-            or self.teacher_model is not self._teacher()
-            or self.is_fsdp_enabled
-            or self.is_deepspeed_enabled
-        ):
-            return super().train(*args, **kwargs)
         student = self._student_causal_lm(self.model)
-        any_dtype = self.args.stage in LAYER_STAGES or self.args.bf16
-        with shared_frozen_tensors(student, self._teacher(), any_dtype):
+        with ExitStack() as stack:
+            # ZeRO-3 brings a parameter when its own module is called, which the kernels do not do.
+            if not self.is_deepspeed_enabled:
+                stack.enter_context(fast_heads(student))
+            if self._shares_tensors():
+                any_dtype = self.args.stage in LAYER_STAGES or self.args.bf16
+                stack.enter_context(shared_frozen_tensors(student, self._teacher(), any_dtype))
             return super().train(*args, **kwargs)
+
+    def _shares_tensors(self) -> bool:
+        """Whether both models are whole and in this process."""
+        if self.teacher_model is None or self.teacher_model is not self._teacher():
+            return False
+        return not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys: list[str] | None = None):
         # Logits of a whole batch are never made, so only the loss can be asked for.

@@ -43,12 +43,11 @@ def alignment_loss(
         `||student - teacher||^2 / ||teacher||^2`, without gradient.
     """
     counted = counted.to(torch.float32)
-    teacher = teacher.float()
-    squares = (student.float() - teacher).square().sum(-1)  # [B, T]
-    norms = teacher.square().sum(-1)  # [B, T]
+    distances = torch.linalg.vector_norm(student.float() - teacher.float(), dim=-1)  # [B, T]
+    norms = torch.linalg.vector_norm(teacher, dim=-1, dtype=torch.float32).square()  # [B, T]
+    squares = distances.square()
     if loss_type == "l2":
-        # The gradient of a square root at zero is infinite; a perfect match must give none.
-        per_position = squares.clamp(min=1e-12).sqrt()
+        per_position = distances
     elif loss_type == "mse":
         per_position = squares / teacher.shape[-1]
     elif loss_type == "relative":

@@ -143,6 +143,7 @@ class StageLosses:
     def _alignment_loss(self, student, inputs, counted) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Sum over layers and positions of the distance between mixers; the student's MLPs and head do not run."""
         body = self._student_causal_lm(student).model
+        counted = nn.functional.pad(counted, (0, 1))  # [B, T]
         with self.accelerator.autocast():
             with torch.no_grad(), recorded_mixers(self._teacher().model.layers) as records:
                 self._run_teacher(inputs)
@@ -162,7 +163,7 @@ class StageLosses:
                 arguments["position_embeddings"] = tuple(t.to(dtype) for t in position_embeddings)
                 arguments["attention_mask"] = masks.get(layer.mixer.mask_kind)
                 output, _ = mixed(_through, layer, layer.mixer.forward, hidden_states.to(dtype), **arguments)
-                loss, sums = alignment_loss(output[:, :-1], target[:, :-1], counted, self.args.alignment_loss_type)
+                loss, sums = alignment_loss(output, target, counted, self.args.alignment_loss_type)
                 losses.append(loss)
                 measured.append(sums)
         return torch.stack(losses).sum(), {"relative_error": torch.stack(measured, dim=1)}  # [2, L]
