@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
-from trainers.distillation.cpu_heads import fast_heads
+from trainers.distillation.cpu_kernels import fast_heads
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
 from trainers.documents import text_documents

@@ -33,7 +33,7 @@ from trl import SFTTrainer
 from modeling_rad_hybrid import RadHybridForCausalLM
 from trainers.data.packing import TEACHER_COLUMNS, DocumentCollator
 from trainers.distillation.checkpoints import last_good, saving
-from trainers.distillation.cpu_heads import fast_heads
+from trainers.distillation.cpu_kernels import fast_heads
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.orientation import ORIENTED_PARTS
 from trainers.distillation.placement import own_class, place_teacher, shared_frozen_tensors, whole_state_dict

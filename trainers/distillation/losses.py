@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from trainers.distillation.cpu_kernels import NAMES, available, forward_kl
 from trainers.distillation.trl_compat import tiled_divergence, tiled_log_probs
 
 
@@ -145,6 +146,31 @@ def head_loss(
     return kd_weight * kd + ce_weight * ce, torch.stack([kd, ce]).detach()
 
 
+def _part(hidden, head, teacher_logits, targets, weights, settings):
+    """Loss, its two sums `[2]` and, where they are wanted, the gradients of hidden states and head."""
+    beta, temperature, kd_weight, ce_weight = settings
+    logits = nn.functional.linear(hidden, head)  # [n, V]
+    kd = (divergence(logits, teacher_logits, beta, temperature) * weights).sum()
+    ce = torch.zeros_like(kd)
+    if ce_weight:
+        per_position = nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+        ce = (per_position * weights).sum()
+    loss = kd_weight * kd + ce_weight * ce
+    wanted = [tensor for tensor in (hidden, head) if tensor.requires_grad]
+    grads = torch.autograd.grad(loss, wanted) if wanted else ()
+    return loss.detach(), torch.stack([kd, ce]).detach(), grads
+
+
+@torch.no_grad()
+def _part_by_kernel(hidden, head, teacher_logits, targets, weights, settings):
+    """As [`_part`], for the forward KL alone."""
+    _, temperature, kd_weight, _ = settings
+    logits = nn.functional.linear(hidden, head)  # [n, V], then their gradient
+    kd = (forward_kl(logits, teacher_logits, kd_weight * weights, temperature) * weights).sum()
+    grads = logits @ head if hidden.requires_grad else None, logits.t() @ hidden if head.requires_grad else None
+    return kd_weight * kd, torch.stack([kd, torch.zeros_like(kd)]), grads
+
+
 class _ChunkedHeadLoss(torch.autograd.Function):
     """[`head_loss`] in plain PyTorch; the gradient, linear in the incoming scalar, is stored ready-made."""
 
@@ -152,7 +178,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
     def forward(
         ctx, student_hidden, student_head, teacher_hidden, teacher_head, targets, weights, settings, with_grad
     ):
-        beta, temperature, kd_weight, ce_weight = settings
+        beta, _, _, ce_weight = settings
         device = student_hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else student_hidden.dtype
         wants_head = with_grad and ctx.needs_input_grad[1]
@@ -162,25 +188,19 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(student_head, dtype=torch.float32) if wants_head else None
         loss = torch.zeros((), device=student_hidden.device)
         sums = torch.zeros(2, device=student_hidden.device)
+        take = _part_by_kernel if beta == 0 and not ce_weight and dtype in NAMES and available() else _part
         for start in range(0, len(student_hidden), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
             with torch.set_grad_enabled(with_grad), torch.autocast(device, enabled=False):
                 hidden = student_hidden[part].detach().to(dtype).requires_grad_(with_grad)
-                logits = nn.functional.linear(hidden, head)  # [n, V]
                 teacher_logits = nn.functional.linear(teacher_hidden[part].to(dtype), teacher_head)
-                kd = (divergence(logits, teacher_logits, beta, temperature) * weights[part]).sum()
-                ce = torch.zeros_like(kd)
-                if ce_weight:
-                    per_position = nn.functional.cross_entropy(logits.float(), targets[part], reduction="none")
-                    ce = (per_position * weights[part]).sum()
-                part_loss = kd_weight * kd + ce_weight * ce
-                if with_grad:
-                    grads = torch.autograd.grad(part_loss, [hidden, head] if wants_head else [hidden])
-                    hidden_grad[part] = grads[0]
-                    if wants_head:
-                        head_grad += grads[1]
-            loss += part_loss.detach()
-            sums += torch.stack([kd, ce]).detach()
+                part_loss, part_sums, grads = take(hidden, head, teacher_logits, targets[part], weights[part], settings)
+            if with_grad:
+                hidden_grad[part] = grads[0]
+            if wants_head:
+                head_grad += grads[1]
+            loss += part_loss
+            sums += part_sums
         ctx.save_for_backward(hidden_grad, head_grad)
         ctx.head_dtype = student_head.dtype
         ctx.mark_non_differentiable(sums)

@@ -182,6 +182,9 @@ class StageLosses:
             teacher_hidden = teacher_hidden * logits_scale(self._teacher().config)
             hidden = hidden[rows, columns] * logits_scale(student.config)  # [N, D]
             head, teacher_head = (whole(m.get_output_embeddings().weight) for m in (student, self._teacher()))
+            if torch.is_autocast_enabled(self.args.device.type) and not head.requires_grad:
+                # Once, for loss and measurement.
+                head = head.to(torch.get_autocast_dtype(self.args.device.type))
             heads = hidden, head, teacher_hidden, teacher_head
             loss, (kd, ce) = head_loss(
                 *heads,

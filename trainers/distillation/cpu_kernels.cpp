@@ -1,11 +1,12 @@
-// The recurrent heads of one layer on a CPU, between input and output projection: causal convolution, recurrence, skip
-// and gate, forward and backward, in float32 whatever the tensors' type. Called by cpu_heads.py.
+// What training on a CPU spends its time on besides matrix products, each in one pass over its tensors, in float32
+// whatever their type. Called by cpu_kernels.py.
 //
-// A task is one head of one row; its state stays in the cache, so a token costs one pass over N x P numbers instead of
-// the many passes over [Q, Q] matrices of the chunked form. The backward pass computes the states anew and keeps those
-// of one row and head.
-//
-// projected [B, T, W]: z (H P), x (H P), B (H N), C (H N), A_log (H) side by side. Channels of a head here: x, B, C.
+// 1. The recurrent heads of one layer between input and output projection: causal convolution, recurrence, skip and gate,
+//    forward and backward. A task is one head of one row; its state stays in the cache, so a token costs one pass over
+//    N x P numbers instead of many over [Q, Q] matrices of the chunked form. The backward pass computes the states anew
+//    and keeps those of one row and head.
+//    projected [B, T, W]: z (H P), x (H P), B (H N), C (H N), A_log (H) side by side. Channels of a head: x, B, C.
+// 2. Forward KL divergence of two rows of logits, and its gradient.
 
 #include <algorithm>
 #include <cmath>
@@ -232,16 +233,53 @@ void backward(const Sizes& s, const T* projected, const float* conv, const float
   }
 }
 
+// Log of the sum of exponentials of scale * row.
+template <typename T> float log_sum(const T* row, int64_t vocabulary, float scale) {
+  float most = -INFINITY, sum = 0.0f;
+#pragma omp simd reduction(max : most)
+  for (int64_t v = 0; v < vocabulary; v++) most = std::max(most, scale * load(row[v]));
+#pragma omp simd reduction(+ : sum)
+  for (int64_t v = 0; v < vocabulary; v++) sum += exponential(scale * load(row[v]) - most);
+  return std::log(sum) + most;
+}
+
+// KL(teacher || student) of each row of logits [rows, vocabulary]; the student's are replaced by weight times gradient.
+template <typename T>
+void forward_kl(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher, const float* weight, float* loss) {
+#pragma omp parallel for
+  for (int64_t row = 0; row < rows; row++) {
+    T* ours = student + row * vocabulary;
+    const T* theirs = teacher + row * vocabulary;
+    float sum = 0.0f;
+    const float ours_log = log_sum(ours, vocabulary, scale), theirs_log = log_sum(theirs, vocabulary, scale);
+    const float factor = weight[row] * scale;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t v = 0; v < vocabulary; v++) {
+      const float log_q = scale * load(ours[v]) - ours_log, log_p = scale * load(theirs[v]) - theirs_log;
+      const float p = exponential(log_p);
+      sum += p * (log_p - log_q);
+      store(ours + v, factor * (exponential(log_q) - p));
+    }
+    loss[row] = sum;
+  }
+}
+
 }  // namespace
 
-#define ENTRANCES(NAME, T)                                                                                             \
-  extern "C" void forward_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,             \
-                                 const int32_t* seq, T* out) {                                                         \
-    (s->head_dim == 64 ? forward<T, 64> : forward<T, 0>)(*s, projected, conv, skip, seq, out);                                                                      \
-  }                                                                                                                    \
-  extern "C" void backward_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,            \
-                                  const int32_t* seq, const T* dout, T* dprojected, float* dconv, float* dskip) {      \
-    (s->head_dim == 64 ? backward<T, 64> : backward<T, 0>)(*s, projected, conv, skip, seq, dout, dprojected, dconv, dskip);                                          \
+#define ENTRANCES(NAME, T)                                                                                               \
+  extern "C" void heads_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,                 \
+                               const int32_t* seq, T* out) {                                                             \
+    auto kernel = s->head_dim == 64 ? forward<T, 64> : forward<T, 0>;                                                    \
+    kernel(*s, projected, conv, skip, seq, out);                                                                         \
+  }                                                                                                                      \
+  extern "C" void heads_gradients_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,       \
+                                         const int32_t* seq, const T* dout, T* dprojected, float* dconv, float* dskip) { \
+    auto kernel = s->head_dim == 64 ? backward<T, 64> : backward<T, 0>;                                                  \
+    kernel(*s, projected, conv, skip, seq, dout, dprojected, dconv, dskip);                                              \
+  }                                                                                                                      \
+  extern "C" void forward_kl_##NAME(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher,         \
+                                    const float* weight, float* loss) {                                                  \
+    forward_kl(rows, vocabulary, scale, student, teacher, weight, loss);                                                 \
   }
 
 ENTRANCES(float32, float)

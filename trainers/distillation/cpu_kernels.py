@@ -1,12 +1,12 @@
 """
-Training of the recurrent heads on a CPU: one pass of C++ instead of many passes of PyTorch.
+Kernels for training on a CPU: one pass of C++ where PyTorch takes many.
 
-Between the projections of a layer PyTorch goes over its tensors some hundred times, forward and backward; on a CPU with
-matrix units that takes longer than all matrix products. `cpu_heads.cpp` goes over them once each way. It is compiled on
-first use by the machine's own C++ compiler (a few seconds, kept in the cache of hf-rad); without one, training stays
-with PyTorch.
+On a CPU with matrix units all that a stage does between its matrix products, in PyTorch, takes longer than the products.
+`cpu_kernels.cpp` holds the two greatest parts of it: the recurrent heads between their projections, and the divergence
+from the teacher's logits. It is compiled on first use by the machine's own C++ compiler (a few seconds, kept in the cache
+of hf-rad); without one, or with `HF_RAD_CPU_KERNELS=0`, training stays with PyTorch.
 
-Shape letters: B batch, T tokens, H recurrent heads, P head dim, N state, K convolution width.
+Shape letters: B batch, T tokens, H recurrent heads, P head dim, N state, K convolution width, V vocabulary, R rows.
 """
 
 import ctypes
@@ -34,17 +34,22 @@ FLAGS += ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassoc
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 
+def available() -> bool:
+    """Whether the kernels can be used on this machine."""
+    return os.environ.get("HF_RAD_CPU_KERNELS") != "0" and _library() is not None
+
+
 @cache
-def library() -> ctypes.CDLL | None:
+def _library() -> ctypes.CDLL | None:
     """The compiled kernels, or `None` on a machine that cannot compile or load them."""
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or platform.system() != "Linux":
         return None
     flags = FLAGS + (("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ())
     # Another processor may not know this one's instructions.
-    built_for = f"{platform.node()} {platform.processor()} {_cpu_flags()} {flags}".encode() + SOURCE.read_bytes()
+    built_for = f"{platform.machine()} {_instructions()} {flags}".encode() + SOURCE.read_bytes()
     folder = Path(os.environ.get("HF_RAD_CACHE") or Path.home() / ".cache" / "hf-rad")
-    path = folder / f"cpu_heads-{hashlib.sha256(built_for).hexdigest()[:16]}.so"
+    path = folder / f"cpu_kernels-{hashlib.sha256(built_for).hexdigest()[:16]}.so"
     try:
         if not path.exists():
             with atomic_path(path) as temporary:
@@ -54,7 +59,7 @@ def library() -> ctypes.CDLL | None:
         return None
 
 
-def _cpu_flags() -> str:
+def _instructions() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -62,37 +67,36 @@ def _cpu_flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-class _Mix(torch.autograd.Function):
+def _call(function: str, dtype: torch.dtype, *arguments) -> None:
+    places = (ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments)
+    getattr(_library(), f"{function}_{NAMES[dtype]}")(*places)
+
+
+class _Heads(torch.autograd.Function):
     """Convolution, recurrence, skip and gate of one layer: `[B, T, W]` to `[B, T, H P]`."""
 
     @staticmethod
     def forward(ctx, projected, weight, skip, seq_idx, sizes):
-        projected = projected.contiguous()
-        floats = weight.float().contiguous(), skip.float().contiguous()
         batch, tokens, _ = projected.shape
-        out = projected.new_empty(batch, tokens, sizes[0] * sizes[1])
+        tensors = projected.contiguous(), weight.float().contiguous(), skip.float().contiguous(), seq_idx
         ctx.sizes = (ctypes.c_int64 * 6)(batch, tokens, *sizes, weight.shape[2])
-        ctx.save_for_backward(projected, *floats, seq_idx)
         ctx.dtypes = weight.dtype, skip.dtype
-        _call("forward", ctx.sizes, projected, *floats, seq_idx, out)
+        ctx.save_for_backward(*tensors)
+        out = projected.new_empty(batch, tokens, sizes[0] * sizes[1])
+        _call("heads", out.dtype, ctx.sizes, *tensors, out)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        projected, weight, skip, seq_idx = ctx.saved_tensors
+        projected, weight, skip, _ = ctx.saved_tensors
         gradient = torch.empty_like(projected)
         dweight, dskip = (t.new_empty(len(projected), *t.shape) for t in (weight, skip))
         dout = dout.to(projected.dtype).contiguous()
-        _call("backward", ctx.sizes, projected, weight, skip, seq_idx, dout, gradient, dweight, dskip)
+        _call("heads_gradients", dout.dtype, ctx.sizes, *ctx.saved_tensors, dout, gradient, dweight, dskip)
         return gradient, dweight.sum(0).to(ctx.dtypes[0]), dskip.sum(0).to(ctx.dtypes[1]), None, None
 
 
-def _call(function: str, sizes, projected: torch.Tensor, *tensors: torch.Tensor | None) -> None:
-    places = (None if t is None else ctypes.c_void_p(t.data_ptr()) for t in (projected, *tensors))
-    getattr(library(), f"{function}_{NAMES[projected.dtype]}")(ctypes.byref(sizes), *places)
-
-
-def mix(ssm, projected: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
+def heads(ssm, projected: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Tensor:
     """
     What [`~modeling_rad_hybrid.discrete_mamba2.DiscreteMamba2.features`] does after the input projection, without a cache.
 
@@ -106,18 +110,40 @@ def mix(ssm, projected: torch.Tensor, seq_idx: torch.Tensor | None) -> torch.Ten
     """
     seq_idx = None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
     sizes = ssm.num_heads, ssm.head_dim, ssm.state_size
-    return _Mix.apply(projected, ssm.conv1d.weight, ssm.D, seq_idx, sizes)
+    return _Heads.apply(projected, ssm.conv1d.weight, ssm.D, seq_idx, sizes)
 
 
 @contextmanager
 def fast_heads(student: RadHybridForCausalLM) -> Iterator[None]:
-    """Lets the recurrent heads of a student on a CPU work by the compiled kernels while the block runs."""
+    """Lets the recurrent heads of a student on a CPU work by the kernel while the block runs."""
     layers = [layer.mixer.ssm for layer in student.model.layers if layer.mixer.ssm is not None]
-    fits = student.device.type == "cpu" and os.environ.get("HF_RAD_CPU_KERNELS", "1") != "0" and library() is not None
+    fits = student.device.type == "cpu" and student.dtype in NAMES and available()
     for ssm in layers:
-        ssm.training_kernel = partial(mix, ssm) if fits and ssm.backend == "auto" else None
+        ssm.training_kernel = partial(heads, ssm) if fits and ssm.backend == "auto" else None
     try:
         yield
     finally:
         for ssm in layers:
             ssm.training_kernel = None
+
+
+def forward_kl(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, weights: torch.Tensor, temperature: float
+) -> torch.Tensor:
+    """
+    KL(teacher || student) of each row of logits `[R, V]`, and in the place of the student's logits its gradient.
+
+    Args:
+        student_logits (`torch.Tensor`): contiguous; overwritten by the gradient of the weighted sum of the results.
+        teacher_logits (`torch.Tensor`): contiguous, of the same type.
+        weights (`torch.Tensor`): weight of each row, `[R]`, float32.
+        temperature (`float`): divides both logits.
+
+    Returns:
+        `torch.Tensor`: `[R]`, in nats, float32.
+    """
+    losses, scale = weights.new_empty(len(weights)), ctypes.c_float(1 / temperature)
+    rows, vocabulary = map(ctypes.c_int64, student_logits.shape)
+    tensors = student_logits, teacher_logits, weights.contiguous(), losses
+    _call("forward_kl", student_logits.dtype, rows, vocabulary, scale, *tensors)
+    return losses
