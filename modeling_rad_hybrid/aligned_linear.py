@@ -15,15 +15,19 @@ from torch import nn
 # Numbers of 16 bytes in half precision.
 ALIGNMENT = 8
 # Rows of the input from which the faster product is worth the copy of the weight.
-FEWEST_ROWS = 1024
+FEWEST_ROWS = 4096
 
 
 class AlignedLinear(nn.Linear):
-    """[`torch.nn.Linear`] with a bias, of a weight filled up to a width that tensor cores work on."""
+    """
+    [`torch.nn.Linear`] with a bias; a long prefill multiplies by a weight filled up to a width that tensor cores work on.
+
+    Training stays with the plain product: no step of it was seen to gain (benchmarks/results.md, "Training").
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         few = hidden_states.numel() < FEWEST_ROWS * self.in_features
-        if few or not hidden_states.is_cuda or self.out_features % ALIGNMENT == 0:
+        if few or torch.is_grad_enabled() or not hidden_states.is_cuda or self.out_features % ALIGNMENT == 0:
             return super().forward(hidden_states)
         return self.aligned(hidden_states)
 
