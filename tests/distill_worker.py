@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from trainers.conversion import convert
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
+from trainers.distillation.placement import whole
 from trainers.heads.head_map import HeadMap, TeacherShape
 
 
@@ -83,8 +84,31 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = patched
 
 
+def deepspeed_on_cpu() -> None:
+    """
+    accelerate gives CPUs no DeepSpeed; this lets the one that `accelerate launch` asked for run on them, partition the
+    smallest parameter too, and compile nothing.
+    """
+    import deepspeed
+    from accelerate.state import PartialState
+    from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+    init, post_init = PartialState.__init__, DeepSpeedPlugin.__post_init__
+
+    def partitioned(plugin):
+        post_init(plugin)
+        plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+
+    PartialState.__init__ = lambda self, cpu=False, **kwargs: init(self, cpu=False, **kwargs)
+    PartialState._prepare_backend = lambda *args: ("gloo", DistributedType.MULTI_CPU)
+    DeepSpeedPlugin.__post_init__ = partitioned
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 def gathered(trainer) -> dict[str, torch.Tensor]:
     """The student's weights after training; what the last forward gathered may still be whole."""
+    if trainer.is_deepspeed_enabled:
+        return {name: whole(p).detach().clone() for name, p in trainer.model.named_parameters()}
     for module in (*trainer.model.modules(), *trainer.teacher_model.modules()):
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -110,6 +134,8 @@ def main(out: str, mode: str) -> None:
     if mode == "kill":
         settings = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 2}
         make_trainer(out / "killed", tokenizer, "distillation", ROWS, [Kill()], **settings).train()
+    if mode == "zero3":
+        deepspeed_on_cpu()
     if mode == "fsdp":
         shard_on_cpu()
         settings = {"fsdp": True, "fsdp_config": {"version": 2, "cpu_ram_efficient_loading": False}}
@@ -118,8 +144,9 @@ def main(out: str, mode: str) -> None:
         trainer = make_trainer(out / mode / stage, tokenizer, stage, ROWS // 2, **settings)
         trainer.train()
         weights = gathered(trainer)
-        sharded = [isinstance(p, DTensor) for p in (*trainer.model.parameters(), *trainer.teacher_model.parameters())]
-        assert all(sharded) == any(sharded) == (mode == "fsdp"), mode
+        parameters = (*trainer.model.parameters(), *trainer.teacher_model.parameters())
+        sharded = [isinstance(p, DTensor) or hasattr(p, "ds_id") and not p.ds_persist for p in parameters]
+        assert all(sharded) == any(sharded) == (mode != "ddp"), mode
         if trainer.is_world_process_zero():
             losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             torch.save({"weights": weights, "losses": losses}, out / f"{mode}_{stage}.pt")

@@ -1,12 +1,14 @@
 """
-Two processes train the same weights as one, with DDP and with FSDP2, and a run that was killed goes on to the weights
-of an unbroken one. Processes talk through gloo on the CPU; FSDP2 on the CPU is for its mathematics alone.
+Two processes train the same weights as one, with DDP, with FSDP2 and (where DeepSpeed is installed) with ZeRO-3, and a
+run that was killed goes on to the weights of an unbroken one. Processes talk through gloo on the CPU; FSDP2 and ZeRO-3
+on the CPU are for their mathematics alone.
 """
 
 import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,16 +35,29 @@ def one_thread():
 def run(out: Path, mode: str, processes: int = 2) -> int:
     """Starts workers; returns the exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), WORKER, str(out), mode]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    if mode == "zero3":
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/zero3.yaml")]
+        launcher += ["--num_processes", str(processes), "--mixed_precision", "no", "--main_process_port", "0"]
+        environment["DS_ACCELERATOR"] = "cpu"
+    else:
+        environment["ACCELERATE_USE_CPU"] = "1"
+    command = [sys.executable, *(launcher if processes > 1 else []), WORKER, str(out), mode]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
     if done.returncode not in (0, -signal.SIGKILL):
         raise AssertionError(done.stderr[-3000:])
     return done.returncode
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        "ddp",
+        "fsdp",
+        pytest.param("zero3", marks=pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs deepspeed")),
+    ],
+)
 def test_two_processes_train_the_weights_of_one(tmp_path, tiny_tokenizer, mode):
     tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
     run(tmp_path, mode)

@@ -162,22 +162,6 @@ def test_a_projection_of_odd_width_in_aligned_rows_equals_a_linear_layer(dtype):
     assert found[0][0].stride() == (80, 16, 1) and found[1][0].stride() == (65, 13, 1)
 
 
-@pytest.mark.parametrize(("width", "tests"), [(16, None), (13, "test_faketensor")])
-def test_the_aligned_product_is_an_operator_for_the_compiler(width, tests):
-    layer = aligned_linear.AlignedLinear(8, width)
-    arguments = torch.randn(5, 8, requires_grad=True), layer.weight, layer.bias
-    # Without a gap all checks hold; with one, what stands in it is undefined and must not be compared.
-    checks = {"test_utils": tests} if tests else {}
-    torch.library.opcheck(aligned_linear.aligned_product, arguments, **checks)
-
-
-def test_frozen_weights_of_an_aligned_projection_get_no_gradient():
-    layer = aligned_linear.AlignedLinear(16, 13)
-    layer.weight.requires_grad_(False)
-    layer.aligned(torch.randn(2, 16)).sum().backward()
-    assert layer.weight.grad is None and layer.bias.grad.tolist() == [2.0] * 13
-
-
 @needs_triton
 def test_operators_tell_their_shapes_to_the_compiler():
     x, B = torch.randn(1, 3, 1, 4), torch.randn(1, 3, 1, 2)

@@ -1,6 +1,6 @@
 """
 What DeepSpeed ZeRO-3 asks of the trainer, without DeepSpeed: outside its module's forward a parameter is empty, its
-numbers lie in `ds_tensor`, and only a gathering block makes it whole. ZeRO-3 itself has not been run.
+numbers lie in `ds_tensor`, and only a gathering block makes it whole. With DeepSpeed: test_distributed.py.
 """
 
 import copy
