@@ -101,6 +101,18 @@ def batch_of(trainer, count: int = 4) -> dict[str, torch.Tensor]:
     return trainer.data_collator([trainer.train_dataset[i] for i in range(count)])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_kernels_of_the_cpu_train_the_same_weights(tiny_llama, make_trainer, stage, monkeypatch):
+    weights = {}
+    for kernels in ("0", "1"):
+        monkeypatch.setenv("HF_RAD_CPU_KERNELS", kernels)
+        trainer = make_trainer(make_student(tiny_llama), stage=stage, learning_rate=1e-3)
+        trainer.train()
+        weights[kernels] = trainer.model.state_dict()
+    for name, weight in weights["0"].items():
+        torch.testing.assert_close(weights["1"][name], weight, atol=2e-5, rtol=1e-4, msg=name)
+
+
 @pytest.mark.parametrize("stage, positions", [("alignment", None), ("distillation", None), ("distillation", 5)])
 def test_any_batch_split_gives_the_same_weights(student, make_trainer, stage, positions):
     settings = {"stage": stage, "kl_positions": positions, "ce_weight": 0.5, "optim": "sgd"}

@@ -54,9 +54,11 @@ def test_divergence_is_the_naive_one(hidden, beta, temperature):
     assert (per_position >= 0).all()
 
 
+@pytest.mark.parametrize("kernels", ["0", "1"], ids=["PyTorch", "kernels where there is a compiler"])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("ce_weight", [0.0, 0.3])
-def test_head_loss_has_the_naive_value_and_gradients(hidden, beta, ce_weight, monkeypatch):
+def test_head_loss_has_the_naive_value_and_gradients(hidden, beta, ce_weight, kernels, monkeypatch):
+    monkeypatch.setenv("HF_RAD_CPU_KERNELS", kernels)
     # Several parts, the last one shorter.
     monkeypatch.setattr(losses, "POSITIONS_AT_ONCE", 8)
     student, head = hidden[:2]

@@ -34,7 +34,7 @@ MODEL_ORDER += ["generation", "modeling_rad_hybrid"]
 # From the ground up. A module imports from its own floor or from those below, and never in a circle.
 FLOORS = [
     {"files", "hub_upload", "precision", "trl_compat", "steps", "fresh_load", "code_rules", "completion"}
-    | {"checkpoints", "orientation"}
+    | {"checkpoints", "orientation", "cpu_kernels"}
     | {"questions", "lookup_probes", "copy_probes", "text_probes", "asking", "continuations", "probes"}
     | {"head_map", "losses", "distill_config", "plots", "documents", "shared_work", "head_compare"},
     {"probe_rows", "head_layout", "ablation", "head_scores", "screens", "head_scoring", "selection", "memory"}

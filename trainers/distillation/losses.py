@@ -194,7 +194,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             with torch.set_grad_enabled(with_grad), torch.autocast(device, enabled=False):
                 hidden = student_hidden[part].detach().to(dtype).requires_grad_(with_grad)
                 teacher_logits = nn.functional.linear(teacher_hidden[part].to(dtype), teacher_head)
-                part_loss, part_sums, grads = take(hidden, head, teacher_logits, targets[part], weights[part], settings)
+                part_loss, part_sums, grads = take(
+                    hidden, head, teacher_logits, targets[part], weights[part], settings
+                )
             if with_grad:
                 hidden_grad[part] = grads[0]
             if wants_head:
