@@ -4,22 +4,26 @@ Tokens a second of the training stages, and their share of the rate of plain mat
     python -m benchmarks.distill_speed                                SmolLM2-135M, 8 kept heads, a few steps a stage
     python -m benchmarks.distill_speed --stage alignment --profile    where the time goes
 
+On a CPU each stage runs in PyTorch alone and with the kernels of `trainers.distillation.cpu_kernels`, and the last line
+has the ratio.
 Beside wall time stands CPU time (seconds of all threads), which other work on the machine does not stretch. The share
 counts the products that a stage cannot do without: the teacher's forward, and forward and backward of what trains.
 Matrix products are measured in the run itself, before and after, in the type that the stage computes in.
 """
 
 import argparse
+import os
 import tempfile
 import time
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
+from itertools import product
 
 import torch
 from torch.profiler import profile
 
 from trainers.conversion import convert
 from trainers.data import ProbeDocuments, Source, packed_dataset
-from trainers.distillation.cpu_kernels import fast_heads
+from trainers.distillation.cpu_kernels import available, fast_heads
 from trainers.distillation.distill_config import RadDistillationConfig
 from trainers.distillation.distill_trainer import RadDistillationTrainer
 from trainers.documents import text_documents
@@ -72,7 +76,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step")
     parser.add_argument("--kl-positions", type=int, default=128)
     parser.add_argument("--isolate", action="append", choices=("yes", "no"), help="keep documents of a row apart")
-    parser.add_argument("--plain", action="store_true", help="the recurrent heads in PyTorch on a CPU too")
+    parser.add_argument("--kernels", action="append", choices=("no", "yes"), help="of the CPU (default: both)")
     parser.add_argument("--profile", action="store_true", help="print where the time of the steps goes")
     args = parser.parse_args()
     workshop = Workshop(Recipe(teacher=args.teacher), progress=False)
@@ -83,22 +87,27 @@ def main() -> None:
     tokens = args.length * args.batch * (args.steps + 1)
     rows = packed_dataset(workshop.tokenizer, sources, args.length, tokens, progress=False)
     print(f"{torch.get_num_threads()} threads, {str(dtype).removeprefix('torch.')}, rows of {args.length}")
-    for stage in args.stage or ("alignment", "distillation"):
-        for isolate in args.isolate or ("no", "yes"):
-            measure(args, workshop, teacher, rows, stage, isolate == "yes", dtype)
+    both = args.kernels or (("no", "yes") if default_device().type == "cpu" and available() else ("no",))
+    for stage, isolate in product(args.stage or ("alignment", "distillation"), args.isolate or ("no", "yes")):
+        rates = []
+        for kernels in both:
+            os.environ["HF_RAD_CPU_KERNELS"] = "1" if kernels == "yes" else "0"
+            print("with kernels: " if kernels == "yes" else "PyTorch: ", end="")
+            rates.append(measure(args, workshop, teacher, rows, stage, isolate == "yes", dtype))
+        if len(rates) == 2:
+            print(f"with kernels {rates[1] / rates[0]:.2f} times as many tokens a CPU second", flush=True)
 
 
-def measure(args, workshop, teacher, rows, stage: str, isolate: bool, dtype: torch.dtype) -> None:
-    """Runs some steps of a stage and prints their speed."""
+def measure(args, workshop, teacher, rows, stage: str, isolate: bool, dtype: torch.dtype) -> float:
+    """Runs some steps of a stage and prints their speed; returns tokens a CPU second."""
     student = convert(workshop.teacher, HeadMap.load(args.head_map))
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, fast_heads(student):
         settings = {"stage": stage, "isolate_documents": isolate, "per_device_train_batch_size": args.batch}
         settings |= {"kl_positions": args.kl_positions, "max_length": args.length, "max_steps": args.steps + 1}
         config = RadDistillationConfig(folder, report_to="none", disable_tqdm=True, **settings)
         trainer = RadDistillationTrainer(student, teacher, config, rows, processing_class=workshop.tokenizer)
         trainer.create_optimizer_and_scheduler(args.steps + 1)
         batches = list(trainer.get_train_dataloader())
-        stack.enter_context(fast_heads(trainer.model) if not args.plain else nullcontext())
         step(trainer, batches[0])
         before, start = product_rate(dtype), seconds()
         with profile() if args.profile else nullcontext() as seen:
@@ -117,6 +126,7 @@ def measure(args, workshop, teacher, rows, stage: str, isolate: bool, dtype: tor
     )
     if args.profile:
         print(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=60))
+    return tokens / taken[1]
 
 
 def step(trainer: RadDistillationTrainer, batch: dict) -> None:
