@@ -10,6 +10,7 @@ from trainers.data import (
     ProbeDocuments,
     Source,
     held_out_batches,
+    mixed_rows,
     packed_dataset,
     token_batches,
 )
@@ -101,6 +102,19 @@ def test_shares_hold_in_the_whole_and_in_every_stretch(tiny_tokenizer):
     rows = packed_dataset(tiny_tokenizer, sources, length=64, num_tokens=64 * 200, progress=False)
     assert _share(rows, tiny_tokenizer, SHORT) == pytest.approx(0.25, abs=0.01)
     assert _share(rows.select(range(100, 116)), tiny_tokenizer, SHORT) == pytest.approx(0.25, abs=0.05)
+
+
+def test_a_probe_that_may_outgrow_a_row_is_refused_before_the_first_row(tiny_tokenizer):
+    class Growing:
+        """One document in fifty is long."""
+
+        def documents(self, n, seed):
+            return ["a b"] * (n - 1) + [LONG]
+
+    most = len(tiny_tokenizer(LONG).input_ids)
+    sources = [Source(_documents(LONG, 9, 9), 1.0), Source(ProbeDocuments(Growing()), 1.0, whole=True, name="growing")]
+    with pytest.raises(ValueError, match="'growing' has .* cannot stand whole"):
+        next(mixed_rows(tiny_tokenizer, sources, most // 2, most))
 
 
 def test_a_whole_document_is_never_cut(tiny_tokenizer):

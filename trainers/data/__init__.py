@@ -75,6 +75,8 @@ class ProbeDocuments:
             yield from self.probe.documents(PROBE_BLOCK, seed=block)
 
 
+# Documents of a probe whose lengths are looked at before a mixture is begun.
+LOOKED_AT = 100
 # The keys of one source of a mixture in a recipe or on the command line.
 SOURCE_KEYS = {"text", "probe", "weight", "field", "split"}
 
@@ -221,6 +223,10 @@ class _TokenStream:
         self.pending: list[int] = []
         self.counted: list[bool] = []
         self.given = self.begun = 0
+        if source.whole and isinstance(source.documents, ProbeDocuments):
+            # A probe's documents differ in length: one that is too long shall not first turn up in the middle of a run.
+            for document in itertools.islice(source.documents, LOOKED_AT):
+                self._window(self._encode(document), [])
 
     def peek(self) -> list[int]:
         """The document in hand, or what is left of it."""
@@ -254,10 +260,14 @@ class _TokenStream:
         if len(document) > most and not self.source.whole:
             start = self.rng.randrange(len(document) - most + 1)
             document = document[start : start + most]
+        tokens = self._encode(document)
+        return tokens, [True] * len(tokens)
+
+    def _encode(self, document: str) -> list[int]:
         tokens = self.tokenizer(document, verbose=False).input_ids
         if not tokens or tokens[-1] != self.tokenizer.eos_token_id:
             tokens = [*tokens, self.tokenizer.eos_token_id]
-        return tokens, [True] * len(tokens)
+        return tokens
 
     def _window(self, tokens: list[int], counted: list[bool]) -> tuple[list[int], list[bool]]:
         if len(tokens) <= self.length:
