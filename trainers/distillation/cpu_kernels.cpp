@@ -1,11 +1,12 @@
 // What training on a CPU spends its time on besides matrix products, each in one pass over its tensors, in float32
 // whatever their type. Called by cpu_kernels.py.
 //
-// 1. The recurrent heads of one layer between input and output projection: causal convolution, recurrence, skip and gate,
+// 1. The recurrent heads of one layer between input and output projection: causal convolution, recurrence, skip and
+// gate,
 //    forward and backward. A task is one head of one row; its state stays in the cache, so a token costs one pass over
-//    N x P numbers instead of many over [Q, Q] matrices of the chunked form. The backward pass computes the states anew
-//    and keeps those of one row and head.
-//    projected [B, T, W]: z (H P), x (H P), B (H N), C (H N), A_log (H) side by side. Channels of a head: x, B, C.
+//    N x P numbers instead of many over [Q, Q] matrices of the chunked form. The backward pass computes the states
+//    anew and keeps those of one row and head. projected [B, T, W]: z (H P), x (H P), B (H N), C (H N), A_log (H) side
+//    by side. Channels of a head: x, B, C.
 // 2. Forward KL divergence of two rows of logits, and its gradient.
 
 #include <algorithm>
@@ -16,9 +17,13 @@
 
 namespace {
 
-struct Sizes { int64_t batch, tokens, heads, head_dim, state, taps; };
+struct Sizes {
+  int64_t batch, tokens, heads, head_dim, state, taps;
+};
 
-struct bfloat16 { uint16_t bits; };
+struct bfloat16 {
+  uint16_t bits;
+};
 
 inline float load(float value) { return value; }
 inline float load(bfloat16 value) {
@@ -55,15 +60,18 @@ inline float sigmoid(float value) { return 1.0f / (1.0f + exponential(-value)); 
 // exp(-softplus(A_log))
 inline float decay_of(float A_log) { return sigmoid(-A_log); }
 
-// One head of one row: where its numbers stand, and what the passes share.
-template <typename T, int64_t SIZE> struct Head {
+// One head of one row: where its numbers stand, and what the passes share. SIZE is the head dim where the compiler may
+// know it, and 0 elsewhere.
+template <typename T, int64_t SIZE>
+struct Head {
   Sizes s;
-  const T* row;           // projected[b]
-  const int32_t* seq;     // documents of the row, or null
+  const T* row;        // projected[b]
+  const int32_t* seq;  // documents of the row, or null
   int64_t width, z, x, B, C, A, channels;
   std::vector<float> weight;  // [taps, channels], the last tap is the token itself
 
-  Head(const Sizes& sizes, const T* projected, const float* conv, const int32_t* seq_idx, int64_t b, int64_t h) : s(sizes) {
+  Head(const Sizes& sizes, const T* projected, const float* conv, const int32_t* seq_idx, int64_t b, int64_t h)
+      : s(sizes) {
     int64_t inner = s.heads * s.head_dim, states = s.heads * s.state;
     width = 2 * inner + 2 * states + s.heads;
     row = projected + b * s.tokens * width;
@@ -125,116 +133,123 @@ template <typename T, int64_t SIZE> struct Head {
 };
 
 template <typename T, int64_t SIZE>
-void forward(const Sizes& s, const T* projected, const float* conv, const float* skip, const int32_t* seq_idx, T* out) {
+void forward(const Sizes& s, const T* projected, const float* conv, const float* skip, const int32_t* seq_idx,
+             T* out) {
   const int64_t P = SIZE ? SIZE : s.head_dim, channels = P + 2 * s.state;
 #pragma omp parallel
   {
-  // Memory of a thread, taken once: fresh pages cost more than the numbers written to them.
-  std::vector<float> raw(s.tokens * channels), now(channels), state(s.state * P), y(P);
+    // Memory of a thread, taken once: fresh pages cost more than the numbers written to them.
+    std::vector<float> raw(s.tokens * channels), now(channels), state(s.state * P), y(P);
 #pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < s.batch * s.heads; task++) {
-    const int64_t b = task / s.heads, h = task % s.heads;
-    Head<T, SIZE> head(s, projected, conv, seq_idx, b, h);
-    std::fill(state.begin(), state.end(), 0.0f);
-    for (int64_t t = 0; t < s.tokens; t++) {
-      head.gather(t, &raw[t * head.channels]);
-      head.convolve(raw.data(), t, now.data());
-      const T* token = head.row + t * head.width;
-      const float a = head.starts(t) ? 0.0f : decay_of(load(token[head.A]));
-      head.step(state.data(), a, now.data(), state.data(), y.data());
-      T* to = out + ((b * s.tokens + t) * s.heads + h) * P;
+    for (int64_t task = 0; task < s.batch * s.heads; task++) {
+      const int64_t b = task / s.heads, h = task % s.heads;
+      Head<T, SIZE> head(s, projected, conv, seq_idx, b, h);
+      std::fill(state.begin(), state.end(), 0.0f);
+      for (int64_t t = 0; t < s.tokens; t++) {
+        head.gather(t, &raw[t * head.channels]);
+        head.convolve(raw.data(), t, now.data());
+        const T* token = head.row + t * head.width;
+        const float a = head.starts(t) ? 0.0f : decay_of(load(token[head.A]));
+        head.step(state.data(), a, now.data(), state.data(), y.data());
+        T* to = out + ((b * s.tokens + t) * s.heads + h) * P;
 #pragma omp simd
-      for (int64_t p = 0; p < P; p++) {
-        const float gate = load(token[head.z + p]);
-        store(to + p, (y[p] + skip[h] * now[p]) * gate * sigmoid(gate));
+        for (int64_t p = 0; p < P; p++) {
+          const float gate = load(token[head.z + p]);
+          store(to + p, (y[p] + skip[h] * now[p]) * gate * sigmoid(gate));
+        }
       }
     }
-  }
   }
 }
 
 template <typename T, int64_t SIZE>
 void backward(const Sizes& s, const T* projected, const float* conv, const float* skip, const int32_t* seq_idx,
-              const T* dout, T* dprojected, float* dconv /* [B, channels of all heads, taps] */, float* dskip /* [B, H] */) {
+              const T* dout, T* dprojected, float* dconv /* [B, channels of all heads, taps] */,
+              float* dskip /* [B, H] */) {
   const int64_t P = SIZE ? SIZE : s.head_dim, N = s.state, channels = P + 2 * N, all = s.heads * channels;
 #pragma omp parallel
   {
-  // Slot t + 1 of `states` is the state after token t.
-  std::vector<float> raw(s.tokens * channels), now(s.tokens * channels), states((s.tokens + 1) * N * P), ys(s.tokens * P);
-  std::vector<float> decays(s.tokens), dnow(s.tokens * channels), dstate(N * P), dy(P), dweight(s.taps * channels);
-  std::vector<float> draw(channels);
+    // Slot t + 1 of `states` is the state after token t.
+    std::vector<float> raw(s.tokens * channels), now(s.tokens * channels), states((s.tokens + 1) * N * P),
+        ys(s.tokens * P);
+    std::vector<float> decays(s.tokens), dnow(s.tokens * channels), dstate(N * P), dy(P), dweight(s.taps * channels);
+    std::vector<float> draw(channels);
 #pragma omp for schedule(dynamic)
-  for (int64_t task = 0; task < s.batch * s.heads; task++) {
-    const int64_t b = task / s.heads, h = task % s.heads;
-    Head<T, SIZE> head(s, projected, conv, seq_idx, b, h);
-    std::fill(dstate.begin(), dstate.end(), 0.0f);
-    std::fill(dweight.begin(), dweight.end(), 0.0f);
-    for (int64_t t = 0; t < s.tokens; t++) {
-      head.gather(t, &raw[t * channels]);
-      head.convolve(raw.data(), t, &now[t * channels]);
-      decays[t] = head.starts(t) ? 0.0f : decay_of(load(head.row[t * head.width + head.A]));
-      head.step(&states[t * N * P], decays[t], &now[t * channels], &states[(t + 1) * N * P], &ys[t * P]);
-    }
-    float dD = 0.0f;
-    for (int64_t t = s.tokens - 1; t >= 0; t--) {
-      const T *token = head.row + t * head.width, *incoming = dout + ((b * s.tokens + t) * s.heads + h) * P;
-      T* to = dprojected + (b * s.tokens + t) * head.width;
-      const float *x = &now[t * channels], *Bs = x + P, *Cs = Bs + N, *y = &ys[t * P];
-      float *dx = &dnow[t * channels], *dB = dx + P, *dC = dB + N, share = 0.0f;
+    for (int64_t task = 0; task < s.batch * s.heads; task++) {
+      const int64_t b = task / s.heads, h = task % s.heads;
+      Head<T, SIZE> head(s, projected, conv, seq_idx, b, h);
+      std::fill(dstate.begin(), dstate.end(), 0.0f);
+      std::fill(dweight.begin(), dweight.end(), 0.0f);
+      for (int64_t t = 0; t < s.tokens; t++) {
+        head.gather(t, &raw[t * channels]);
+        head.convolve(raw.data(), t, &now[t * channels]);
+        decays[t] = head.starts(t) ? 0.0f : decay_of(load(head.row[t * head.width + head.A]));
+        head.step(&states[t * N * P], decays[t], &now[t * channels], &states[(t + 1) * N * P], &ys[t * P]);
+      }
+      float dD = 0.0f;
+      for (int64_t t = s.tokens - 1; t >= 0; t--) {
+        const T *token = head.row + t * head.width, *incoming = dout + ((b * s.tokens + t) * s.heads + h) * P;
+        T* to = dprojected + (b * s.tokens + t) * head.width;
+        const float *x = &now[t * channels], *Bs = x + P, *Cs = Bs + N, *y = &ys[t * P];
+        float *dx = &dnow[t * channels], *dB = dx + P, *dC = dB + N, share = 0.0f;
 #pragma omp simd reduction(+ : share)
-      for (int64_t p = 0; p < P; p++) {
-        const float gate = load(token[head.z + p]), open = sigmoid(gate), grad = load(incoming[p]);
-        dy[p] = grad * gate * open;
-        dx[p] = skip[h] * dy[p];
-        share += dy[p] * x[p];
-        store(to + head.z + p, grad * (y[p] + skip[h] * x[p]) * open * (1.0f + gate * (1.0f - open)));
-      }
-      dD += share;
-      const float *after = &states[(t + 1) * N * P], *before = &states[t * N * P];
-      float da = 0.0f;
-      for (int64_t n = 0; n < N; n++) {
-        float *ds = &dstate[n * P], ofB = 0.0f, ofC = 0.0f, ofa = 0.0f;
-        const float *s1 = after + n * P, *s0 = before + n * P, Bn = Bs[n], Cn = Cs[n], a = decays[t];
-#pragma omp simd reduction(+ : ofB, ofC, ofa)
         for (int64_t p = 0; p < P; p++) {
-          ofC += dy[p] * s1[p];
-          const float value = ds[p] + Cn * dy[p];
-          ofB += value * x[p];
-          dx[p] += value * Bn;
-          ofa += value * s0[p];
-          ds[p] = a * value;
+          const float gate = load(token[head.z + p]), open = sigmoid(gate), grad = load(incoming[p]);
+          dy[p] = grad * gate * open;
+          dx[p] = skip[h] * dy[p];
+          share += dy[p] * x[p];
+          store(to + head.z + p, grad * (y[p] + skip[h] * x[p]) * open * (1.0f + gate * (1.0f - open)));
         }
-        dB[n] = ofB, dC[n] = ofC, da += ofa;
+        dD += share;
+        const float *after = &states[(t + 1) * N * P], *before = &states[t * N * P];
+        float da = 0.0f;
+        for (int64_t n = 0; n < N; n++) {
+          float *ds = &dstate[n * P], ofB = 0.0f, ofC = 0.0f, ofa = 0.0f;
+          const float *s1 = after + n * P, *s0 = before + n * P, Bn = Bs[n], Cn = Cs[n], a = decays[t];
+#pragma omp simd reduction(+ : ofB, ofC, ofa)
+          for (int64_t p = 0; p < P; p++) {
+            ofC += dy[p] * s1[p];
+            const float value = ds[p] + Cn * dy[p];
+            ofB += value * x[p];
+            dx[p] += value * Bn;
+            ofa += value * s0[p];
+            ds[p] = a * value;
+          }
+          dB[n] = ofB, dC[n] = ofC, da += ofa;
+        }
+        // a = sigmoid(-A_log), so da / dA_log = -a (1 - a); at a start a is 0 for good.
+        store(to + head.A, -da * decays[t] * (1.0f - decays[t]));
       }
-      // a = sigmoid(-A_log), so da / dA_log = -a (1 - a); at a start a is 0 for good.
-      store(to + head.A, -da * decays[t] * (1.0f - decays[t]));
-    }
-    for (int64_t t = 0; t < s.tokens; t++) {
-      std::memset(draw.data(), 0, channels * sizeof(float));
-      for (int64_t back = 0; back < s.taps; back++) {
-        const int64_t k = s.taps - 1 - back;
-        if (head.together(t, t + back))
+      for (int64_t t = 0; t < s.tokens; t++) {
+        std::memset(draw.data(), 0, channels * sizeof(float));
+        for (int64_t back = 0; back < s.taps; back++) {
+          const int64_t k = s.taps - 1 - back;
+          if (head.together(t, t + back))
 #pragma omp simd
-          for (int64_t c = 0; c < channels; c++) draw[c] += head.weight[k * channels + c] * dnow[(t + back) * channels + c];
-        if (head.together(t, t - back))
+            for (int64_t c = 0; c < channels; c++)
+              draw[c] += head.weight[k * channels + c] * dnow[(t + back) * channels + c];
+          if (head.together(t, t - back))
 #pragma omp simd
-          for (int64_t c = 0; c < channels; c++) dweight[k * channels + c] += dnow[t * channels + c] * raw[(t - back) * channels + c];
+            for (int64_t c = 0; c < channels; c++)
+              dweight[k * channels + c] += dnow[t * channels + c] * raw[(t - back) * channels + c];
+        }
+        T* to = dprojected + (b * s.tokens + t) * head.width;
+#pragma omp simd
+        for (int64_t p = 0; p < P; p++) store(to + head.x + p, draw[p]);
+        for (int64_t n = 0; n < N; n++) store(to + head.B + n, draw[P + n]);
+        for (int64_t n = 0; n < N; n++) store(to + head.C + n, draw[P + N + n]);
       }
-      T* to = dprojected + (b * s.tokens + t) * head.width;
-#pragma omp simd
-      for (int64_t p = 0; p < P; p++) store(to + head.x + p, draw[p]);
-      for (int64_t n = 0; n < N; n++) store(to + head.B + n, draw[P + n]);
-      for (int64_t n = 0; n < N; n++) store(to + head.C + n, draw[P + N + n]);
+      for (int64_t c = 0; c < channels; c++)
+        for (int64_t k = 0; k < s.taps; k++)
+          dconv[(b * all + head.channel(h, c)) * s.taps + k] = dweight[k * channels + c];
+      dskip[b * s.heads + h] = dD;
     }
-    for (int64_t c = 0; c < channels; c++)
-      for (int64_t k = 0; k < s.taps; k++) dconv[(b * all + head.channel(h, c)) * s.taps + k] = dweight[k * channels + c];
-    dskip[b * s.heads + h] = dD;
-  }
   }
 }
 
 // Log of the sum of exponentials of scale * row.
-template <typename T> float log_sum(const T* row, int64_t vocabulary, float scale) {
+template <typename T>
+float log_sum(const T* row, int64_t vocabulary, float scale) {
   float most = -INFINITY, sum = 0.0f;
 #pragma omp simd reduction(max : most)
   for (int64_t v = 0; v < vocabulary; v++) most = std::max(most, scale * load(row[v]));
@@ -243,9 +258,11 @@ template <typename T> float log_sum(const T* row, int64_t vocabulary, float scal
   return std::log(sum) + most;
 }
 
-// KL(teacher || student) of each row of logits [rows, vocabulary]; the student's are replaced by weight times gradient.
+// KL(teacher || student) of each row of logits [rows, vocabulary]; the student's are replaced by weight times
+// gradient.
 template <typename T>
-void forward_kl(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher, const float* weight, float* loss) {
+void forward_kl(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher, const float* weight,
+                float* loss) {
 #pragma omp parallel for
   for (int64_t row = 0; row < rows; row++) {
     T* ours = student + row * vocabulary;
@@ -266,20 +283,21 @@ void forward_kl(int64_t rows, int64_t vocabulary, float scale, T* student, const
 
 }  // namespace
 
-#define ENTRANCES(NAME, T)                                                                                               \
-  extern "C" void heads_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,                 \
-                               const int32_t* seq, T* out) {                                                             \
-    auto kernel = s->head_dim == 64 ? forward<T, 64> : forward<T, 0>;                                                    \
-    kernel(*s, projected, conv, skip, seq, out);                                                                         \
-  }                                                                                                                      \
-  extern "C" void heads_gradients_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,       \
-                                         const int32_t* seq, const T* dout, T* dprojected, float* dconv, float* dskip) { \
-    auto kernel = s->head_dim == 64 ? backward<T, 64> : backward<T, 0>;                                                  \
-    kernel(*s, projected, conv, skip, seq, dout, dprojected, dconv, dskip);                                              \
-  }                                                                                                                      \
-  extern "C" void forward_kl_##NAME(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher,         \
-                                    const float* weight, float* loss) {                                                  \
-    forward_kl(rows, vocabulary, scale, student, teacher, weight, loss);                                                 \
+#define ENTRANCES(NAME, T)                                                                                         \
+  extern "C" void heads_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip,           \
+                               const int32_t* seq, T* out) {                                                       \
+    auto kernel = s->head_dim == 64 ? forward<T, 64> : forward<T, 0>;                                              \
+    kernel(*s, projected, conv, skip, seq, out);                                                                   \
+  }                                                                                                                \
+  extern "C" void heads_gradients_##NAME(const Sizes* s, const T* projected, const float* conv, const float* skip, \
+                                         const int32_t* seq, const T* dout, T* dprojected, float* dconv,           \
+                                         float* dskip) {                                                           \
+    auto kernel = s->head_dim == 64 ? backward<T, 64> : backward<T, 0>;                                            \
+    kernel(*s, projected, conv, skip, seq, dout, dprojected, dconv, dskip);                                        \
+  }                                                                                                                \
+  extern "C" void forward_kl_##NAME(int64_t rows, int64_t vocabulary, float scale, T* student, const T* teacher,   \
+                                    const float* weight, float* loss) {                                            \
+    forward_kl(rows, vocabulary, scale, student, teacher, weight, loss);                                           \
   }
 
 ENTRANCES(float32, float)
