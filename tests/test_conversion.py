@@ -8,7 +8,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_rad_hybrid import CACHE_NAME, RadHybridConfig
-from trainers.calibration import calibrate
+from trainers.calibration import NormalEquations, calibrate
 from trainers.conversion import convert, summary
 from trainers.families import backbone_fields
 from trainers.heads.head_map import HeadMap, TeacherShape, shipped_head_map
@@ -58,6 +58,25 @@ def test_calibration_is_exact_where_attention_is_reproducible(tiny_llama):
     residuals = calibrate(tiny_llama, student, [tokens], ridge=0.0, progress=False)
     assert all(first > 0.5 and after < 1e-3 for first, after in residuals)
     torch.testing.assert_close(student(tokens).logits, tiny_llama(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_fit_is_that_of_least_squares_with_a_ridge():
+    """The same problem as rows: the penalty is a row of zeros as targets for every feature, none for the bias."""
+    generator = torch.Generator().manual_seed(0)
+    features = 3 + torch.randn(40, 5, generator=generator)
+    features[:, 2] = 0.0  # a head that gives nothing
+    targets = torch.randn(40, 3, generator=generator)
+    sums = NormalEquations()
+    for rows in (slice(0, 16), slice(16, 40)):
+        sums.add(features[rows], targets[rows])
+    for ridge in (0.0, 0.1):
+        fit = sums.solve(ridge)
+        strength = (ridge * features.square().sum(0).mean()).sqrt()
+        known = torch.cat([torch.cat([features, torch.ones(40, 1)], dim=1), strength * torch.eye(5, 6)]).double()
+        wanted = torch.linalg.lstsq(known, torch.cat([targets, torch.zeros(5, 3)]).double(), driver="gelsd").solution
+        torch.testing.assert_close(fit, wanted, atol=1e-5, rtol=1e-5)
+        error = (known[:40] @ fit - targets).norm() / targets.norm()
+        assert sums.residual(fit) == pytest.approx(error.item(), rel=1e-4)
 
 
 def test_calibration_without_tokens_says_so(tiny_llama):
