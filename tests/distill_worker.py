@@ -23,7 +23,7 @@ from trainers.heads.head_map import HeadMap, TeacherShape
 
 
 STEPS, ROWS, LENGTH = 4, 4, 24
-RATES = {"alignment": 0.003, "distillation": 0.05}
+RATES = {"orientation": 0.003, "alignment": 0.003, "distillation": 0.05}
 VOCABULARY = 99
 
 
