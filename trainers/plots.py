@@ -230,13 +230,17 @@ def training_curves(
                 axes.axhline(value, linestyle="--", linewidth=1.2, color=FAINT, label=name)
             axes.spines[["top", "right"]].set_visible(False)
             axes.tick_params(colors=INK, labelsize=9)
-        for name, tokens in (stages or {}).items():
+        for number, (name, tokens) in enumerate((stages or {}).items()):
             axes.axvline(tokens, linestyle=":", linewidth=1, color=FAINT)
-            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 2), "textcoords": "offset points"}
+            # In two rows: stages may be short.
+            place = {"xycoords": ("data", "axes fraction"), "xytext": (3, 2 + 10 * (number % 2))}
+            place["textcoords"] = "offset points"
             axes.annotate(name, (tokens, 1), color=FAINT, fontsize=8, **place)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlabel("tokens", color=INK, fontsize=10)
-        axes.legend(frameon=False, fontsize=9)
+        # Many curves leave no room among them.
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "ncols": 2} if len(panel) > 4 else {}
+        axes.legend(frameon=False, fontsize=9, **below)
     figure.suptitle(title, color=INK, fontsize=13, fontweight="bold", x=0.02, ha="left")
     _save(figure, path)
 
