@@ -92,7 +92,8 @@ def main() -> None:
         rates = []
         for kernels in both:
             os.environ["HF_RAD_CPU_KERNELS"] = "1" if kernels == "yes" else "0"
-            print("with kernels: " if kernels == "yes" else "PyTorch: ", end="")
+            if len(both) == 2:
+                print("with kernels: " if kernels == "yes" else "PyTorch: ", end="")
             rates.append(measure(args, workshop, teacher, rows, stage, isolate == "yes", dtype))
         if len(rates) == 2:
             print(f"with kernels {rates[1] / rates[0]:.2f} times as many tokens a CPU second", flush=True)

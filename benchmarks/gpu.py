@@ -7,7 +7,8 @@ The recurrent heads and the whole student on one GPU: correctness first, then ti
 
 Sections: `check` (the default back end, in seconds) and `scan` (gpu_scan.py), `decode` (gpu_decode.py), `project`,
 `prefill` and `train` (gpu_models.py). Tables go to the screen as they come and to one JSON file; a section that fails
-says so and the next one starts. Nothing that fails its correctness check is timed. The packages to compare with (mamba-ssm, flash-linear-attention) are optional.
+says so and the next one starts. Nothing that fails its correctness check is timed. The packages to compare with
+(mamba-ssm, flash-linear-attention) are optional.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from trainers.memory import cache_bytes
 
 
 def project(report, options) -> None:
-    """The input projection of a layer, forward and backward, in rows as wide as it is and in aligned ones."""
+    """The input projection of a layer, forward and backward, by its weight as it is and by one filled up."""
     columns = ["shape", "width", "rows", "form", "error", "fwd ms", "fwd+bwd ms", "speed fwd", "speed fwd+bwd"]
     add = report.table(
         "Input projection of odd width, bfloat16 (error against float64, outputs and gradients)", columns
@@ -39,7 +39,7 @@ def project(report, options) -> None:
             exact = nn.functional.linear(*leaves)
             exact = [exact, *torch.autograd.grad(exact, leaves, weight.double())]
             base = None
-            for name, form in (("as wide", super(AlignedLinear, layer).forward), ("aligned", layer.aligned)):
+            for name, form in (("plain", super(AlignedLinear, layer).forward), ("filled", layer.aligned)):
                 error = max(relative_error(one, other) for one, other in zip(both(form), exact, strict=True))
                 if error > 1e-2:
                     raise RuntimeError(f"The projection {name} is wrong by {error:.1e}.")

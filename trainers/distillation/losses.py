@@ -188,7 +188,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         head_grad = torch.zeros_like(student_head, dtype=torch.float32) if wants_head else None
         loss = torch.zeros((), device=student_hidden.device)
         sums = torch.zeros(2, device=student_hidden.device)
-        take = _part_by_kernel if beta == 0 and not ce_weight and dtype in NAMES and available() else _part
+        by_kernel = device == "cpu" and beta == 0 and not ce_weight and dtype in NAMES and available()
+        take = _part_by_kernel if by_kernel else _part
         for start in range(0, len(student_hidden), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
             with torch.set_grad_enabled(with_grad), torch.autocast(device, enabled=False):
